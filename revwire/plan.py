@@ -1,0 +1,181 @@
+"""What will be rewired, and why not the rest: data only.
+
+A `Plan` is made of chains, a `Chain` of steps, and a `Step` is one residual addition of one module's frame (the
+code of that module's own `forward`). Everything a plan left alone stands in `Plan.skipped` with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from revwire.errors import RewireError
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_Data = TypeVar("_Data", "Step", "Skipped")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One residual addition, `x[i+1] = a*x[i-1] + b*x[i] + c*F(x[i])` once rewired.
+
+    Attributes:
+        module: Path of the module whose frame holds the addition; `""` is the model itself.
+        residual: Which residual addition of that frame, counted from 0 in the order they run.
+        trunk: Shape of the trunk where the planning run saw it, batch dimension first.
+        branch: Paths of the child modules the residual branch calls, relative to `module`.
+        sides: Names of what else the branch reads from its frame (a rope table, a mask).
+        post: The operation after the addition that moves into the branch (an activation), if there is one.
+        line: `file.py:123`, where the addition stands in the source.
+    """
+
+    module: str
+    residual: int
+    trunk: tuple[int, ...]
+    branch: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
+    post: str | None = None
+    line: str = ""
+
+    @property
+    def name(self) -> str:
+        """The step as one word: `blocks.3#0`."""
+        return f"{self.module or '(model)'}#{self.residual}"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps that follow each other on one trunk; only what enters and what leaves is kept for backward."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def name(self) -> str:
+        """First and last module of the chain: `blocks.0 .. blocks.11`."""
+        first, last = self.steps[0].module or "(model)", self.steps[-1].module or "(model)"
+        return first if first == last else f"{first} .. {last}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A residual-looking place that stays as it is, and why, in plain words."""
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `rewire` does to one model. Print it, compare it, or keep it as JSON (`to_json`, `from_json`).
+
+    Attributes:
+        model: Class name of the planned model.
+        coupling: Name of the coupling the steps will use.
+        chains: The chains, in the order they run.
+        skipped: What is left alone, with reasons.
+    """
+
+    model: str
+    coupling: str
+    chains: tuple[Chain, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """All steps of all chains, in the order they run."""
+        return (step for chain in self.chains for step in chain.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready dicts and lists."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON text; `Plan.from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Build a plan from `to_dict`'s form.
+
+        Raises:
+            RewireError: `data` is not a plan; the message names the field at fault.
+        """
+        if not isinstance(data, dict):
+            raise RewireError(f"not a plan: a JSON object is needed, found {type(data).__name__}")
+        try:
+            chains = tuple(Chain(tuple(_read(Step, s) for s in c["steps"])) for c in data["chains"])
+            skipped = tuple(_read(Skipped, s) for s in data.get("skipped", ()))
+            return cls(str(data["model"]), str(data["coupling"]), chains, skipped)
+        except (KeyError, TypeError) as error:
+            raise RewireError(f"not a plan: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Build a plan from `to_json`'s text.
+
+        Raises:
+            RewireError: `text` is not JSON, or not a plan.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise RewireError(f"not a plan: {error}") from error
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        count = sum(len(chain.steps) for chain in self.chains)
+        table = Table(
+            title=f"{escape(self.model)}: {_plural(count, 'step')} in {_plural(len(self.chains), 'chain')}, "
+            f"coupling {escape(self.coupling)}",
+            title_justify="left",
+        )
+        for heading in ("chain", "steps", "trunk", "branch of each step"):
+            table.add_column(heading, overflow="fold")
+        for chain in self.chains:
+            trunks = dict.fromkeys("x".join(map(str, step.trunk[1:])) for step in chain.steps)
+            kinds = dict.fromkeys(_describe(step) for step in chain.steps)
+            table.add_row(
+                escape(chain.name), str(len(chain.steps)), " / ".join(trunks), escape("\n".join(kinds))
+            )
+        yield table
+        if self.skipped:
+            left = Table(title="left as it is", title_justify="left")
+            left.add_column("module", overflow="fold")
+            left.add_column("why", overflow="fold")
+            for skipped in self.skipped:
+                left.add_row(escape(skipped.module or "(model)"), escape(skipped.reason))
+            yield left
+
+
+def _read(cls: type[_Data], data: dict[str, Any]) -> _Data:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(data) - known):
+        raise KeyError(f"unknown field {unknown[0]!r} of {cls.__name__}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _describe(step: Step) -> str:
+    text = " ".join(step.branch) or "(functions)"
+    if step.post:
+        text += f" | {step.post} after the sum moves in"
+    if step.sides:
+        text += f" | reads {' '.join(step.sides)}"
+    return text
