@@ -1,0 +1,48 @@
+"""The one place that names torch's private modules, so that a new torch release is met in one file."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import (
+    TreeSpec,
+    register_pytree_node,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "at_end_of_backward",
+    "backward_pass",
+    "is_traceable_wrapper_subclass",
+    "keeps_graph",
+    "register_pytree_node",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+]
+
+
+def backward_pass() -> int:
+    """Number of the backward pass (autograd's graph task) this thread runs, -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass this thread runs was asked to `retain_graph`."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def at_end_of_backward(callback: object) -> None:
+    """Have `callback()` called when the backward pass this thread runs is done."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
