@@ -1,0 +1,29 @@
+"""revwire: rewire pretrained residual networks into reversible ones and train them with a memory-free backward."""
+
+from __future__ import annotations
+
+from revwire.coupling import Coupling, Re2TAL
+from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
+from revwire.plan import Chain, Plan, Skipped, Step
+from revwire.streams import Streams
+from revwire.surgery import plan, plan_of, rewire, unwire
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chain",
+    "CheckpointError",
+    "Coupling",
+    "Plan",
+    "Re2TAL",
+    "ReplayError",
+    "RevwireError",
+    "RewireError",
+    "Skipped",
+    "Step",
+    "Streams",
+    "plan",
+    "plan_of",
+    "rewire",
+    "unwire",
+]

@@ -1,0 +1,161 @@
+"""A frame's graph and its planned residuals -> Python functions: the rewritten forward and one branch a step.
+
+The rewritten forward is the frame's own code with each planned sum, and what leads to it, replaced by a call of the
+step. Children are called by name (`self.attn(...)`), so one that is replaced later is the one that runs.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from revwire.residual import Residual
+from revwire.trace import Frame
+
+
+class _Self:
+    """Stands in generated code for the module whose frame it is."""
+
+    def __repr__(self) -> str:
+        return "self"
+
+
+@dataclass(frozen=True)
+class StepCode:
+    """One planned residual as code.
+
+    Attributes:
+        branch: `branch(self, x, *sides)`: the sum of the residual's branches at the trunk `x`.
+        post: `post(self, total, *sides)`: what follows the sum and moves into the branch, or None.
+        modules: Paths of the children both call.
+        own: Paths of the parameters and buffers both read themselves.
+    """
+
+    branch: Callable[..., Tensor]
+    post: Callable[..., Tensor] | None
+    modules: tuple[str, ...]
+    own: tuple[str, ...]
+
+
+RunStep = Callable[..., Any]
+"""Called by the rewritten forward as `run(self, trunk, *sides)` in place of a planned sum."""
+
+
+def step_code(residual: Residual) -> StepCode:
+    """The branch of a residual as functions of `(self, x, *sides)`."""
+    inside, sides = residual.inside, residual.sides
+    branch = _function(residual, "branch", residual.skip, inside, sides, residual.terms)
+    post = None
+    if residual.post:
+        post = _function(residual, "post", residual.total, residual.post, sides, (residual.result,))
+    nodes = (*inside, *residual.post)
+    read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    return StepCode(
+        branch,
+        post,
+        tuple(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module")),
+        tuple(dict.fromkeys(str(n.target) for n in read)),
+    )
+
+
+def rewritten_forward(frame: Frame, steps: dict[Residual, RunStep]) -> Callable[..., Any]:
+    """The frame's forward, as a function of `(self, *tensors)`, with each residual's sum run as a step."""
+    assert frame.graph is not None
+    results = {residual.total: residual for residual in steps}
+    gone = {n for residual in steps for n in (*residual.inside, *residual.post)}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    wanted = _needed(frame.graph, steps)
+    for node in frame.graph.nodes:
+        if node in results:
+            residual = results[node]
+            sides = tuple(copies[n] for n in residual.sides)
+            call = graph.call_function(steps[residual], (_Self(), copies[residual.skip], *sides))  # type: ignore[arg-type]
+            copies[node] = copies[residual.result] = call
+        elif node in wanted and (node not in gone or not isinstance(node.meta.get("value"), Tensor)):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return _compile(graph, f"<revwire {type(frame.module).__name__}.forward {id(graph):x}>")
+
+
+def _needed(graph: fx.Graph, steps: dict[Residual, RunStep]) -> set[fx.Node]:
+    """The nodes that the rewritten forward still runs: all but what only a planned branch needs."""
+    inner = {n for residual in steps for n in (*residual.inside, *residual.post)}
+    sums = {residual.total: residual for residual in steps}
+    needed: set[fx.Node] = set()
+    waiting = [n for n in graph.nodes if n not in inner and (n not in _sum_nodes(sums) or n in sums)]
+    while waiting:
+        node = waiting.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        reads = (sums[node].skip, *sums[node].sides) if node in sums else node.all_input_nodes
+        waiting.extend(reads)
+    return needed
+
+
+def _sum_nodes(sums: dict[fx.Node, Residual]) -> set[fx.Node]:
+    """Every addition of the planned sums, the inner ones of parallel branches too."""
+    nodes: set[fx.Node] = set()
+    for total, residual in sums.items():
+        ends = {*residual.terms, residual.skip}
+        waiting = [total]
+        while waiting:
+            node = waiting.pop()
+            if node not in ends and node not in nodes:
+                nodes.add(node)
+                waiting.extend(node.all_input_nodes)
+    return nodes
+
+
+def _function(
+    residual: Residual,
+    kind: str,
+    trunk: fx.Node,
+    inside: tuple[fx.Node, ...],
+    sides: tuple[fx.Node, ...],
+    terms: Iterable[fx.Node],
+) -> Callable[..., Tensor]:
+    graph = fx.Graph()
+    copies = {trunk: graph.placeholder("x")}
+    copies.update({node: graph.placeholder(f"side_{i}") for i, node in enumerate(sides)})
+    for node in inside:
+        for read in node.all_input_nodes:
+            if read not in copies:
+                assert read.op == "get_attr", f"{read} is neither trunk, side nor inside"
+                copies[read] = graph.get_attr(str(read.target))
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    total, *rest = (copies[term] for term in terms)
+    for term in rest:
+        total = graph.call_function(_add, (total, term))
+    graph.output(total)
+    name = f"{type(residual.frame.module).__name__}.{kind}_{residual.index}"
+    return _compile(graph, f"<revwire {name} {id(graph):x}>")
+
+
+def _add(left: Tensor, right: Tensor) -> Tensor:
+    return left + right
+
+
+def _compile(graph: fx.Graph, filename: str) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    namespace: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - our own code, printed by torch.fx
+    lines = code.src.splitlines(keepends=True)
+    linecache.cache[filename] = (
+        len(code.src),
+        None,
+        lines,
+        filename,
+    )  # so that tracebacks show the generated line
+    function: Callable[..., Any] = namespace["forward"]
+    return function
+
+
+def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor at `path` below `module`, and its name there."""
+    parent, _, key = path.rpartition(".")
+    return module.get_submodule(parent), key

@@ -1,0 +1,215 @@
+"""Which residual additions follow each other on one trunk when the model runs.
+
+The model runs once on fake tensors, every frame traced as it goes. A residual follows another when its skip is the
+very tensor that the other one's sum became, at most rearranged in between. Residuals that run inside the branch of a
+chained one are left alone; where a lone residual holds a chain inside its branch, the inner chain counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx, nn
+
+from revwire.errors import RewireError
+from revwire.plan import Chain, Plan, Skipped, Step
+from revwire.residual import Residual, find_residuals
+from revwire.trace import Frame, Identity, Recorder
+
+MIN_STEPS = 2
+"""A chain of one step is no gain: it would hold two streams where autograd holds one branch."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A recorded run.
+
+    Attributes:
+        model: The model that ran.
+        frames: Every module call, in running order.
+        residuals: All residual additions, in running order; a module called twice has each twice.
+        notes: Sums that look like residuals and are none: (module path, reason).
+        origins: Which tensor each rearranged tensor came from.
+    """
+
+    model: nn.Module
+    frames: tuple[Frame, ...]
+    residuals: tuple[Residual, ...]
+    notes: tuple[tuple[str, str], ...]
+    origins: dict[Identity, Identity]
+
+
+def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
+    """Run `model` once on fake tensors and find all residual additions.
+
+    Runs in eval mode, so that layers dropped at random while training are seen; the model keeps its mode, parameters,
+    buffers, attributes and random state, and no memory is taken for activations.
+
+    Raises:
+        RewireError: the model does not run on these inputs.
+    """
+    recorder = Recorder(model)
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with recorder.recording():
+            model(*recorder.example(args), **recorder.example(kwargs))
+    except Exception as error:
+        raise RewireError(
+            f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}; "
+            "pass example_inputs that its forward takes"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    residuals: list[Residual] = []
+    notes: list[tuple[str, str]] = []
+    for frame in recorder.frames:
+        if frame.graph is not None:
+            found, reasons = find_residuals(frame)
+            residuals.extend(found)
+            notes.extend((frame.path, reason) for reason in reasons)
+    residuals.sort(key=lambda r: r.total.meta["order"])
+    return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins)
+
+
+def make_plan(
+    found: Probe, coupling: str, include: tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
+) -> Plan:
+    """Choose the chains of a recorded run.
+
+    Args:
+        found: The recorded run.
+        coupling: Name of the coupling, noted in the plan.
+        include: Globs of module paths; only modules that match one are rewired.
+        exclude: Globs of module paths that are left alone.
+    """
+    reasons: dict[tuple[str, int], str] = {}
+    eligible: list[Residual] = []
+    for residual in found.residuals:
+        reason = residual.refused or _excluded(residual.frame.path, include, exclude)
+        if reason:
+            reasons[_key(residual)] = reason
+        else:
+            eligible.append(residual)
+    chains = _chains(found, eligible, reasons)
+    planned = {_key(r) for chain in chains for r in chain}
+    skipped = [Skipped(path, reason) for (path, _), reason in reasons.items()]
+    skipped += [Skipped(path, reason) for path, reason in found.notes]
+    skipped += [
+        Skipped(f.path, f"its forward {f.failure}")
+        for f in found.frames
+        if f.failure and _matters(f, found, planned)
+    ]
+    return Plan(
+        type(found.model).__name__,
+        coupling,
+        tuple(Chain(tuple(_step(r) for r in chain)) for chain in chains),
+        tuple(dict.fromkeys(skipped)),
+    )
+
+
+def _chains(
+    found: Probe, eligible: list[Residual], reasons: dict[tuple[str, int], str]
+) -> list[list[Residual]]:
+    """The chains of at least two steps, outermost first; notes why each other residual is in none."""
+    while True:
+        holders = {node: residual for residual in reversed(eligible) for node in residual.inside}
+        inner = {id(r): outer for r in eligible if (outer := _enclosing(r, holders)) is not None}
+        chains = _linked(found, [r for r in eligible if id(r) not in inner])
+        kept = [chain for chain in chains if len(chain) >= MIN_STEPS]
+        lone = {id(chain[0]) for chain in chains if len(chain) < MIN_STEPS}
+        giving_way = lone & {id(outer) for outer in inner.values()}
+        if not giving_way:
+            break
+        # a lone residual gives way to what runs inside its branch
+        for residual in eligible:
+            if id(residual) in giving_way:
+                reasons[_key(residual)] = (
+                    f"the residual at {residual.line} stands alone; what runs inside it counts"
+                )
+        eligible = [r for r in eligible if id(r) not in giving_way]
+    in_chain = {_key(r) for chain in kept for r in chain}
+    for residual in eligible:
+        if _key(residual) in in_chain:
+            continue
+        if (outer := inner.get(id(residual))) is not None:
+            where = outer.frame.path or "(model)"
+            reasons[_key(residual)] = f"runs inside the branch of {where}, which is rewired as a whole"
+        else:
+            reasons[_key(residual)] = (
+                f"the residual at {residual.line} stands alone: no other residual continues its trunk "
+                f"({'x'.join(map(str, residual.skip.meta['value'].shape))}) unchanged, so there is nothing to chain it to"
+            )
+    return kept
+
+
+def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:
+    chains: list[list[Residual]] = []
+    open_ends: dict[Identity, list[Residual]] = {}
+    for residual in residuals:
+        at: Identity | None = residual.entering
+        while at is not None and at not in open_ends:
+            at = found.origins.get(at)
+        if at is None:
+            chains.append(chain := [])
+        else:
+            chain = open_ends.pop(at)
+        chain.append(residual)
+        open_ends[residual.leaving] = chain
+    return chains
+
+
+def _enclosing(residual: Residual, holders: dict[fx.Node, Residual]) -> Residual | None:
+    """The outermost residual whose branch runs `residual`, of those whose branches `holders` maps the nodes of."""
+    outermost = holders.get(residual.total)
+    frame: Frame | None = residual.frame
+    while frame is not None:
+        if frame.caller is not None and frame.caller in holders:
+            outermost = holders[frame.caller]
+        frame = frame.parent
+    return outermost
+
+
+def _excluded(path: str, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> str | None:
+    for glob in exclude:
+        if fnmatchcase(path, glob):
+            return f"excluded by {glob!r}"
+    if include is not None and not any(fnmatchcase(path, glob) for glob in include):
+        return f"not included by {', '.join(map(repr, include))}"
+    return None
+
+
+def _matters(frame: Frame, found: Probe, planned: set[tuple[str, int]]) -> bool:
+    """Whether an untraced frame is worth a word: it calls children, and nothing of it or around it is rewired."""
+    if not frame.module._modules:
+        return False
+    around: Frame | None = frame
+    while around is not None:
+        if any(path == around.path for path, _ in planned):
+            return False
+        around = around.parent
+    return not any(path.startswith(f"{frame.path}." if frame.path else "") for path, _ in planned)
+
+
+def _key(residual: Residual) -> tuple[str, int]:
+    return residual.frame.path, residual.index
+
+
+def _step(residual: Residual) -> Step:
+    return Step(
+        module=residual.frame.path,
+        residual=residual.index,
+        trunk=tuple(residual.skip.meta["value"].shape),
+        branch=tuple(dict.fromkeys(str(n.target) for n in residual.inside if n.op == "call_module")),
+        sides=tuple(residual.frame.label(n) for n in residual.sides),
+        post=" ".join(_name_of(n) for n in residual.post) or None,
+        line=residual.line,
+    )
+
+
+def _name_of(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,221 @@
+"""What a rewired module runs: its frame's rewritten forward for each way it is called.
+
+A frame is traced for one call signature. Another one (an argument that was None, another shape where the code looks at
+shapes, train mode where the code looks at `self.training`) is traced when it first comes; where that fails, the
+original forward runs on the merged tensor, and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire._torch import TreeSpec, tree_flatten, tree_unflatten
+from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
+from revwire.coupling import Coupling
+from revwire.residual import Residual, find_residuals
+from revwire.streams import Streams, as_tensor, settle
+from revwire.tape import Branch
+from revwire.trace import TENSOR, Frame, Recorder, TraceFailure, original_forward
+
+
+_MAX_VARIANTS = 64  # an argument that is another number at every call must not fill memory with code
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the steps of a rewired model run.
+
+    Attributes:
+        coupling: The recurrence.
+        replay: Drop what branches save and run them again in backward; False keeps everything, as plain autograd
+            through the same recurrence does, for comparison.
+    """
+
+    coupling: Coupling
+    replay: bool = True
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One residual of a frame as the plan wants it run: `last` steps hand on a plain tensor."""
+
+    name: str
+    last: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A frame's rewritten forward, and the calls it holds for."""
+
+    function: Callable[..., Any]
+    spec: TreeSpec
+    constants: tuple[Any, ...]
+    training: bool | None
+    properties: dict[str, tuple[Any, ...]]
+
+    def fits(self, leaves: list[Any], spec: TreeSpec, *, training: bool) -> bool:
+        """Whether a call with these argument leaves may run this code."""
+        if self.training not in {None, training} or len(leaves) != len(self.constants) or spec != self.spec:
+            return False
+        for leaf, constant in zip(leaves, self.constants, strict=True):
+            if _is_tensor(leaf) != (constant is TENSOR) or (
+                constant is not TENSOR and not _same(leaf, constant)
+            ):
+                return False
+        return all(_properties(key, leaves) == value for key, value in self.properties.items())
+
+
+class Program:
+    """The rewritten forwards of one module.
+
+    Args:
+        module: The module; its class is about to be replaced by one that runs this program.
+        frame: Its frame as planned.
+        planned: The frame's residuals that are steps, by their index in the frame.
+        options: How steps run.
+    """
+
+    def __init__(
+        self, module: nn.Module, frame: Frame, planned: dict[int, Planned], options: Options
+    ) -> None:
+        self.planned, self.options = planned, options
+        self._variants: list[Variant] = []
+        self._refused: list[tuple[TreeSpec, bool]] = []
+        self._add(module, frame)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # generated code is made again where the program is loaded, at the first call
+        return {"planned": self.planned, "options": self.options, "_variants": [], "_refused": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        copy = object.__new__(Program)
+        copy.__dict__.update(self.__getstate__(), _variants=list(self._variants))
+        return copy
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's forward, rewired."""
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_streams)
+        tensors = [leaf for leaf in leaves if _is_tensor(leaf)]
+        for variant in self._variants:
+            if variant.fits(leaves, spec, training=module.training):
+                return variant.function(module, *tensors)
+        if (spec, module.training) not in self._refused:
+            if (failure := self._trace(module, args, kwargs)) is None:
+                return self._variants[-1].function(module, *tensors)
+            self._refused.append((spec, module.training))
+            warnings.warn(
+                f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {failure}",
+                stacklevel=3,
+            )
+        return original_forward(module)(*settle(args), **settle(kwargs))
+
+    def _trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Add a variant for a new way of calling; returns why there can be none."""
+        recorder = Recorder(module, nested=False)
+        frame = Frame("", module)
+        stand_in = _trunk_only((args, kwargs))
+        try:
+            with recorder.recording():
+                recorder.trace(frame, *recorder.example(stand_in))
+            self._add(module, frame)
+        except TraceFailure as failure:
+            return f"its forward {failure}"
+        except Exception as error:  # noqa: BLE001 - code that only takes real tensors
+            return f"its forward cannot be traced: {type(error).__name__}: {error}"
+        return None
+
+    def _add(self, module: nn.Module, frame: Frame) -> None:
+        residuals, _ = find_residuals(frame)
+        steps: dict[Residual, Callable[..., Any]] = {}
+        for residual in residuals:
+            if (planned := self.planned.get(residual.index)) is not None:
+                if residual.refused:
+                    raise TraceFailure(f"has no residual here: {residual.refused}")
+                steps[residual] = self._runner(planned, step_code(residual))
+        if len(steps) != len(self.planned):
+            raise TraceFailure(f"has {len(steps)} residuals where {len(self.planned)} are planned")
+        assert frame.spec is not None
+        leaves = [n.meta["value"] for n in frame.graph.nodes if n.op == "placeholder"] if frame.graph else []
+        del self._variants[: -_MAX_VARIANTS + 1]
+        self._variants.append(
+            Variant(
+                rewritten_forward(frame, steps),
+                frame.spec,
+                frame.constants,
+                module.training if frame.guards.training else None,
+                {key: _properties(key, leaves) for key in sorted(frame.guards.properties)},
+            )
+        )
+
+    def _runner(self, planned: Planned, code: StepCode) -> Callable[..., Any]:
+        options = self.options
+
+        def run(module: nn.Module, trunk: Any, *sides: Any) -> Any:
+            return run_step(module, planned, code, options, trunk, tuple(as_tensor(s) for s in sides))
+
+        run.__name__ = run.__qualname__ = "step"
+        return run
+
+
+def run_step(
+    module: nn.Module, planned: Planned, code: StepCode, options: Options, trunk: Any, sides: tuple[Any, ...]
+) -> Any:
+    """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`."""
+    coupling = options.coupling
+
+    def branch(x: Tensor, *rest: Any) -> Tensor:
+        out = code.branch(module, x, *rest)
+        if code.post is None:
+            return out
+        # a=b-free couplings take the operation after the sum into the branch; those that keep x[i] as the skip
+        # take the whole block G that way: F(x) = G(x) - x
+        return code.post(module, out, *rest) if not coupling.b else code.post(module, x + out, *rest) - x
+
+    if not coupling.a:
+        x = as_tensor(trunk)
+        total = x + code.branch(module, x, *sides)
+        return total if code.post is None else code.post(module, total, *sides)
+    step = Branch(
+        planned.name,
+        branch,
+        [module.get_submodule(path) for path in code.modules],
+        [owner_of(module, path) for path in code.own],
+    )
+    if not isinstance(trunk, Streams) or not trunk.can_continue(coupling):
+        trunk = Streams.enter(as_tensor(trunk), coupling)
+    following = trunk.advance(step, sides, replay=options.replay)
+    return following.tensor() if planned.last else following
+
+
+def _is_streams(value: object) -> bool:
+    return isinstance(value, Streams)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor | Streams)
+
+
+def _same(left: Any, right: Any) -> bool:
+    try:
+        return left is right or (type(left) is type(right) and bool(left == right))
+    except Exception:  # noqa: BLE001 - an object whose == is no yes or no is another object
+        return False
+
+
+def _properties(key: str, leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple(getattr(leaf, key) for leaf in leaves if _is_tensor(leaf))
+
+
+def _trunk_only(tree: Any) -> Any:
+    """Arguments with one tensor in place of a `Streams`, without making the merged one."""
+    leaves, spec = tree_flatten(tree, is_leaf=_is_streams)
+    return tree_unflatten(
+        [leaf.current.detach().to(leaf.dtype) if _is_streams(leaf) else leaf for leaf in leaves], spec
+    )

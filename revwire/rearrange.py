@@ -1,0 +1,49 @@
+"""Bijective rearrangements: operations that move a tensor's values around and lose none.
+
+They act on both streams of a chain alike, so a trunk may be reshaped or permuted between two steps (Swin's half
+blocks, channels-last nets) without leaving the chain. Used where chains are found and where they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
+
+
+def _functions(names: str) -> frozenset[Callable[..., Any]]:
+    owners = (torch, Tensor)
+    return frozenset(f for name in names.split() for o in owners if (f := getattr(o, name, None)) is not None)
+
+
+_PERMUTING = _functions("permute transpose t swapaxes swapdims movedim moveaxis adjoint")
+_RESHAPING = _functions("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
+_KEEPING = _functions("contiguous")
+
+
+def is_rearrangement(
+    function: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether calling a torch function or tensor method this way only moves the values of its first argument."""
+    if function is Tensor.to:  # x.to(memory_format=torch.channels_last), and nothing else asked of it
+        return len(args) == 1 and set(kwargs or ()) == {"memory_format"}
+    if function is Tensor.view and any(isinstance(a, torch.dtype) for a in args):
+        return False
+    return function in _PERMUTING or function in _RESHAPING or function in _KEEPING
+
+
+def inverse(
+    function: Any, shape: torch.Size, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """The operation that takes `function(x, *args, **kwargs)` back to `x`, for an `x` of `shape`."""
+    if function in _PERMUTING:
+        # sizes that are all different make the result's shape spell out the permutation
+        distinct = torch.empty(_PRIMES[: len(shape)], device="meta")
+        order = [_PRIMES.index(size) for size in function(distinct, *args, **kwargs).shape]
+        return partial(torch.permute, dims=[order.index(i) for i in range(len(order))])
+    return partial(torch.reshape, shape=tuple(shape))

@@ -1,0 +1,203 @@
+"""The conditions a branch ran under, so that running it again in backward is the same run.
+
+Random state (only where the branch drew numbers; the generators end where plain training leaves them), autocast, the
+weights (the very tensors of the forward, unchanged) and buffers (BatchNorm statistics move once, in the forward).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from revwire.errors import ReplayError
+
+
+@dataclass(slots=True)
+class Held:
+    """A module's tensor as a branch's forward found it."""
+
+    module: nn.Module
+    key: str
+    tensor: Tensor
+    version: int
+
+
+@dataclass(slots=True)
+class Conditions:
+    """What must be put back for a second run. Made by `observe`, used by `restored`.
+
+    Attributes:
+        parameters: The weights of the forward; another version of one at the second run is an error.
+        buffers: Buffers the forward left alone, held to the same rule.
+        loans: Buffers to stand in during the second run, as they were before the first.
+        scratch: BatchNorms in training: their second run updates copies.
+        random: The random states before the branch, of those it moved.
+        autocast: Autocast contexts to enter.
+    """
+
+    parameters: list[Held]
+    buffers: list[Held] = field(default_factory=list)
+    loans: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    scratch: list[nn.Module] = field(default_factory=list)
+    random: list[RandomState] = field(default_factory=list)
+    autocast: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def restored(self, where: str) -> Iterator[None]:
+        """Run the block under the forward's conditions, and leave everything else as it was.
+
+        Raises:
+            ReplayError: a weight or buffer was changed in place since the forward, or freed.
+        """
+        with ExitStack() as stack:
+            for held in self.parameters:
+                _check(held, where)
+                if held.module._parameters.get(held.key) is not held.tensor:
+                    stack.enter_context(_lent(held.module._parameters, held.key, held.tensor))
+            for held in self.buffers:
+                _check(held, where)
+            for module, key, tensor in self.loans:
+                stack.enter_context(_lent(module._buffers, key, tensor.clone()))
+            for module in self.scratch:
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        stack.enter_context(_lent(module._buffers, key, buffer.clone()))
+            for state in self.random:
+                stack.enter_context(state.restored())
+            for arguments in self.autocast:
+                stack.enter_context(torch.autocast(**arguments))
+            yield
+
+
+@contextmanager
+def observe(
+    modules: Sequence[nn.Module], own: Sequence[tuple[nn.Module, str]], device: torch.device
+) -> Iterator[Conditions]:
+    """Note the conditions that the block runs a branch under.
+
+    Args:
+        modules: The child modules that the branch calls.
+        own: Parameters and buffers that the branch's code reads itself, as (owner, name).
+        device: The device whose random state the branch may draw from, beside the CPU's.
+    """
+    conditions = Conditions(parameters=[], autocast=_autocast(device))
+    before: list[tuple[Held, Tensor]] = []
+    for module in (m for top in modules for m in top.modules()):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                conditions.parameters.append(_held(module, key, parameter))
+        if not module._buffers:
+            continue
+        if isinstance(module, _NormBase) and module.training:
+            conditions.scratch.append(module)
+        else:
+            before.extend(_buffers(module))
+    for module, key in own:
+        if (parameter := module._parameters.get(key)) is not None:
+            conditions.parameters.append(_held(module, key, parameter))
+    states = [RandomState.now(get, put) for get, put in _generators(device)]
+    yield conditions
+    conditions.random = [state for state in states if state.moved()]
+    for held, copy in before:
+        now = held.module._buffers.get(held.key)
+        if isinstance(held.module, _NormBase) or now is not held.tensor or now._version != held.version:
+            conditions.loans.append((held.module, held.key, copy))
+        else:
+            conditions.buffers.append(held)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[Held, Tensor]]:
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            yield _held(module, key, buffer), buffer.detach().clone()
+
+
+def _held(module: nn.Module, key: str, tensor: Tensor) -> Held:
+    # a weight with a history (torch.func.functional_call) is held without it: a graph must not hold itself
+    kept = tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+    return Held(module, key, kept, tensor._version)
+
+
+def _check(held: Held, where: str) -> None:
+    name = f"{type(held.module).__name__}.{held.key}"
+    if held.tensor._version != held.version:
+        raise ReplayError(
+            f"{where}: {name} was changed in place between forward and backward, so the branch cannot be run again "
+            "as it ran and its gradients would be wrong; call backward() before optimizer.step() or any other update"
+        )
+    if held.tensor.numel() and not held.tensor.untyped_storage().nbytes() and not held.tensor.is_meta:
+        raise ReplayError(
+            f"{where}: the memory of {name} was freed between forward and backward (a sharded parameter outside of its "
+            "own block?), so the branch cannot be run again"
+        )
+
+
+@contextmanager
+def _lent(owner: dict[str, Any], key: str, tensor: Tensor) -> Iterator[None]:
+    missing = object()
+    own = owner.get(key, missing)
+    owner[key] = tensor
+    try:
+        yield
+    finally:
+        if own is missing:
+            owner.pop(key, None)
+        else:
+            owner[key] = own
+
+
+@dataclass(slots=True)
+class RandomState:
+    """One generator's state, with the functions that read and write it."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], object]
+    state: Any
+
+    @classmethod
+    def now(cls, get: Callable[[], Any], put: Callable[[Any], object]) -> RandomState:
+        """The state as it is."""
+        return cls(get, put, get())
+
+    def moved(self) -> bool:
+        """Whether numbers were drawn since."""
+        now = self.get()
+        return not torch.equal(now, self.state) if isinstance(now, Tensor) else bool(now != self.state)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The block draws the same numbers again; afterwards the generator is where it was before the block."""
+        now = self.get()
+        self.put(self.state)
+        try:
+            yield
+        finally:
+            self.put(now)
+
+
+def _generators(device: torch.device) -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    yield torch.get_rng_state, torch.set_rng_state
+    yield random.getstate, random.setstate
+    if device.type not in {"cpu", "meta"}:
+        module: Any = torch.get_device_module(device)
+        yield (lambda: module.get_rng_state(device)), (lambda state: module.set_rng_state(state, device))
+
+
+def _autocast(device: torch.device) -> list[dict[str, Any]]:
+    kinds = dict.fromkeys(("cpu", device.type)) if device.type != "meta" else ("cpu",)
+    return [
+        {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in kinds
+    ]

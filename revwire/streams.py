@@ -1,0 +1,219 @@
+"""What travels between rewired blocks: two streams that look like one tensor.
+
+A rewired block hands the next one a `Streams`. Code in between sees the merged tensor as soon as it does anything but
+rearrange (reshape, permute, ...), which acts on both streams and keeps the chain alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revwire._torch import register_pytree_node, tree_leaves, tree_map
+from revwire.coupling import Coupling
+from revwire.rearrange import inverse, is_rearrangement
+from revwire.tape import Branch, Link, Tape
+
+
+class Streams:
+    """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
+
+    Behaves as the merged tensor (`tensor()`) wherever a tensor is expected by torch functions, methods, operators and
+    attributes. It is no `torch.Tensor`: `isinstance` says so, and code that insists on one calls `tensor()`.
+
+    Attributes:
+        previous: `x[i-1]`, at least float32.
+        current: `x[i]`, of the same shape, dtype and strides.
+        coupling: The recurrence both belong to.
+        dtype: What the trunk of the network as it was would have here; branches and the merged tensor get it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_link",
+        "_merged",
+        "_left",
+        "_undo",
+        "coupling",
+        "current",
+        "dtype",
+        "previous",
+    )  # noqa: RUF023
+
+    def __init__(
+        self,
+        previous: Tensor,
+        current: Tensor,
+        coupling: Coupling,
+        dtype: torch.dtype,
+        link: Link | None = None,
+        undo: tuple[Callable[[Tensor], Tensor], ...] = (),
+    ) -> None:
+        self.previous, self.current, self.coupling, self.dtype = previous, current, coupling, dtype
+        self._link, self._undo = link, undo
+        self._merged: Tensor | None = None
+        self._left = False
+
+    @classmethod
+    def enter(cls, x: Tensor, coupling: Coupling) -> Streams:
+        """Start a chain from the tensor `x`."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return cls(*coupling.enter(wide), coupling, x.dtype)
+
+    def tensor(self) -> Tensor:
+        """The merged tensor, made once."""
+        if self._merged is None:
+            self._merged = self.coupling.leave(self.previous, self.current).to(self.dtype)
+        return self._merged
+
+    def advance(self, branch: Branch, sides: tuple[Any, ...] = (), *, replay: bool = True) -> Streams:
+        """One step of the chain: the streams after `branch`; without `replay` its saved tensors are kept."""
+        link = self._continue(branch)
+        wide, narrow = self.current.dtype, self.dtype
+        if wide != narrow:
+            function = branch.function
+            branch = Branch(
+                branch.name, lambda x, *rest: function(x.to(narrow), *rest), branch.modules, branch.own
+            )
+            link.branch = branch
+        if replay and torch.is_grad_enabled():
+            out = link.run(self.current, sides)
+        else:
+            out = branch.function(self.current, *sides)
+        following = self.coupling.advance(self.previous, self.current, out)
+        link.finish(self.current, following)
+        return Streams(self.current, following, self.coupling, torch.promote_types(narrow, out.dtype), link)
+
+    def can_continue(self, coupling: Coupling) -> bool:
+        """Whether a step may go on from here; else the chain is left, and the step starts another one."""
+        return (
+            coupling == self.coupling and not self._left and not (self._link is not None and self._link.taken)
+        )
+
+    def _continue(self, branch: Branch) -> Link:
+        before = self._link
+        if before is None:
+            return Link(Tape(), 0, self.coupling, branch, bottom=True)
+        link = Link(before.tape, before.position + 1, self.coupling, branch, bottom=before.silent)
+        link.undo = self._undo
+        before.next, before.taken, before.end = link, True, None
+        return link
+
+    def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        alone = args and args[0] is self and not _streams((args[1:], kwargs))
+        if alone and not self._left and is_rearrangement(function, args, kwargs):
+            undo = inverse(function, self.current.shape, args[1:], kwargs)
+            both = [function(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
+            return Streams(both[0], both[1], self.coupling, self.dtype, self._link, (undo, *self._undo))
+        merged = [(s, s.tensor()) for s in _streams((args, kwargs))]
+        versions = [_version(t) for _, t in merged]
+        args, kwargs = settle((args, kwargs))
+        result = function(*args, **kwargs)
+        for (streams, tensor), version in zip(merged, versions, strict=True):
+            # changed in place: from here on the merged tensor is the trunk, and the streams are history
+            streams._left |= _version(tensor) != version
+        return result
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = _streams((args, kwargs or {}))[0]
+        return first._call(function, args, kwargs or {})
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.current.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.current.device
+
+    @property
+    def ndim(self) -> int:
+        return self.current.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.previous.requires_grad or self.current.requires_grad
+
+    def size(self, dim: int | None = None) -> Any:
+        """As `torch.Tensor.size`."""
+        return self.current.size() if dim is None else self.current.size(dim)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        attribute = getattr(Tensor, name, None)
+        if attribute is not None and callable(attribute):
+            return lambda *args, **kwargs: self._call(attribute, (self, *args), kwargs)
+        return getattr(self.tensor(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Streams.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.tensor(), name, value)
+
+    def __repr__(self) -> str:
+        return f"Streams({tuple(self.shape)}, {self.dtype}, {self.coupling.name}; .tensor() is the merged tensor)"
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name)
+
+    def method(self: Streams, *args: Any) -> Any:
+        return self._call(function, (self, *args), {})
+
+    return method
+
+
+_OPERATORS = (
+    "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod pow rpow matmul rmatmul "
+    "neg pos abs invert and or xor eq ne lt le gt ge getitem setitem iter bool float int index contains"
+).split()
+for _name in _OPERATORS:
+    setattr(Streams, f"__{_name}__", _operator(f"__{_name}__"))
+Streams.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _streams(tree: Any) -> list[Streams]:
+    return [leaf for leaf in tree_leaves(tree, is_leaf=_is_streams) if _is_streams(leaf)]
+
+
+def _is_streams(value: object) -> bool:
+    return isinstance(value, Streams)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def as_tensor(value: Any) -> Any:
+    """`value`, or the merged tensor where it is a `Streams`."""
+    return value.tensor() if isinstance(value, Streams) else value
+
+
+def settle(tree: Any) -> Any:
+    """A structure with every `Streams` in it replaced by its merged tensor."""
+    return tree_map(as_tensor, tree, is_leaf=_is_streams)
+
+
+def _flatten(streams: Streams) -> tuple[list[Tensor], tuple[Any, ...]]:
+    return [streams.previous, streams.current], (
+        streams.coupling,
+        streams.dtype,
+        streams._link,
+        streams._undo,
+    )
+
+
+def _unflatten(tensors: Any, context: tuple[Any, ...]) -> Streams:
+    return Streams(*tensors, *context)
+
+
+register_pytree_node(Streams, _flatten, _unflatten, serialized_type_name="revwire.Streams")

@@ -1,0 +1,271 @@
+"""`plan`, `rewire`, `unwire`: the model's modules get subclasses of their own classes whose forward is rewired.
+
+Swapping `module.__class__` (as FSDP2 does) leaves parameters, buffers, hooks, methods and `isinstance` as they are, and
+makes going back exact: the old class is put back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from revwire import timm_models
+from revwire.coupling import Coupling, coupling_of
+from revwire.errors import RewireError
+from revwire.plan import Plan
+from revwire.probe import Probe, make_plan, probe
+from revwire.program import Options, Planned, Program
+from revwire.streams import settle
+from revwire.trace import TraceFailure
+
+Globs = str | Sequence[str] | None
+_PROGRAM, _PLAN = "_revwire_program", "_revwire_plan"
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str | Coupling = "re2tal",
+    include: Globs = None,
+    exclude: Globs = None,
+) -> Plan:
+    """What `rewire` would do to `model`, and why not the rest. Changes nothing.
+
+    Args:
+        model: Any module; it runs once on fake tensors, which takes no memory and draws no random numbers.
+        example_inputs: What its forward takes: a tensor, a tuple of arguments or a dict of keyword arguments. May be
+            left out for timm models, which know their own.
+        coupling: The recurrence, by name (`"re2tal"`) or as an object.
+        include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
+        exclude: Globs of module paths to leave alone.
+
+    Raises:
+        RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
+    """
+    return _planned(model, example_inputs, coupling, include, exclude)[1]
+
+
+def rewire(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str | Coupling = "re2tal",
+    include: Globs = None,
+    exclude: Globs = None,
+    plan: Plan | None = None,
+) -> nn.Module:
+    """Turn the chains of residual blocks of `model` into reversible ones, in place.
+
+    The model keeps its class (to `isinstance`), its parameters and their names; training it keeps no activations of
+    the chains. It computes another function than before (see `revwire.Re2TAL`), so fine-tune it.
+
+    Args:
+        model: Any module.
+        example_inputs: As for `revwire.plan`.
+        coupling: The recurrence, by name (`"re2tal"`) or as an object.
+        include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
+        exclude: Globs of module paths to leave alone.
+        plan: A plan made earlier (of the same architecture); its chains are rewired instead of a fresh choice.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RewireError: no chain was found, the model is rewired already, or `plan` does not fit; the model is as it was.
+    """
+    kind = coupling_of(coupling)
+    found, fresh = _planned(model, example_inputs, kind, include, exclude)
+    chosen = fresh if plan is None else _fitting(plan, fresh, found)
+    if not chosen.chains:
+        raise RewireError(_nothing_to_rewire(chosen))
+    _apply(model, chosen, found, Options(kind))
+    return model
+
+
+def unwire(model: nn.Module) -> nn.Module:
+    """Put a rewired model back: the same classes, the same code, the parameters as they are now.
+
+    Raises:
+        RewireError: the model is not rewired.
+    """
+    if plan_of(model) is None:
+        raise RewireError(f"{type(model).__name__} is not rewired, so there is nothing to undo")
+    for module in model.modules():
+        if (original := getattr(type(module), "revwire_original", None)) is not None:
+            module.__class__ = original
+            module.__dict__.pop(_PROGRAM, None)
+            module.__dict__.pop(_PLAN, None)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan a model was rewired by, None if it is not rewired."""
+    return model.__dict__.get(_PLAN)
+
+
+def options_of(model: nn.Module) -> Options | None:
+    """How the steps of a rewired model run, None if it is not rewired."""
+    return next((m.__dict__[_PROGRAM].options for m in model.modules() if _PROGRAM in m.__dict__), None)
+
+
+def _planned(
+    model: nn.Module, example_inputs: Any, coupling: str | Coupling, include: Globs, exclude: Globs
+) -> tuple[Probe, Plan]:
+    if any(hasattr(type(module), "revwire_original") for module in model.modules()):
+        raise RewireError(f"{type(model).__name__} is rewired already; call revwire.unwire(model) first")
+    args, kwargs = call_arguments(model, example_inputs)
+    found = probe(model, args, kwargs)
+    return found, make_plan(found, coupling_of(coupling).name, _globs(include), _globs(exclude) or ())
+
+
+def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to call `model` with: the example inputs as `(args, kwargs)`, a timm model's own where there are none.
+
+    Raises:
+        RewireError: there are none, and the model does not know its own.
+    """
+    if example_inputs is None:
+        example_inputs = timm_models.example_inputs(model)
+        if example_inputs is None:
+            raise RewireError(
+                f"what does {type(model).__name__} take? Pass example_inputs: a tensor, a tuple of arguments, or a "
+                "dict of keyword arguments, such as torch.zeros(2, 3, 224, 224)"
+            )
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise RewireError(
+        f"example_inputs must be a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
+    )
+
+
+def _globs(globs: Globs) -> tuple[str, ...] | None:
+    return (globs,) if isinstance(globs, str) else None if globs is None else tuple(globs)
+
+
+def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
+    """The wanted plan, if this model has its residuals.
+
+    Raises:
+        RewireError: it has not; the message names the first step that is missing.
+    """
+    have = {(r.frame.path, r.index): r for r in found.residuals if not r.refused}
+    for step in wanted.steps:
+        if (step.module, step.residual) not in have:
+            raise RewireError(
+                f"the plan does not fit {fresh.model}: it has no residual {step.name}; plan again with revwire.plan(model)"
+            )
+    if wanted.coupling != fresh.coupling:
+        raise RewireError(
+            f"the plan was made for coupling {wanted.coupling!r}, not {fresh.coupling!r}; pass coupling={wanted.coupling!r}"
+        )
+    return wanted
+
+
+def _nothing_to_rewire(empty: Plan) -> str:
+    reasons = "; ".join(f"{s.module or '(model)'}: {s.reason}" for s in empty.skipped[:3])
+    more = (
+        f" (and {len(empty.skipped) - 3} more: print(revwire.plan(model)))" if len(empty.skipped) > 3 else ""
+    )
+    return (
+        f"{empty.model} has no two residual blocks in a row on one trunk, so nothing of it can be made reversible"
+        + (f": {reasons}{more}" if reasons else "; it has no residual additions")
+    )
+
+
+def _apply(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
+    """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
+    last = {id(step) for chain in chosen.chains for step in (chain.steps[-1],)}
+    wanted: dict[str, dict[int, Planned]] = {}
+    for step in chosen.steps:
+        frame_steps = wanted.setdefault(step.module, {})
+        known = frame_steps.get(step.residual)
+        # a step that a shared module runs in the middle of a chain too always hands on both streams
+        ends = id(step) in last and (known is None or known.last)
+        frame_steps[step.residual] = Planned(step.name, ends)
+    frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
+    programs: dict[str, Program] = {}
+    for path, steps in wanted.items():
+        try:
+            programs[path] = Program(frames[path].module, frames[path], steps, options)
+        except TraceFailure as failure:
+            raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
+    for path, program in programs.items():
+        module = frames[path].module
+        module.__dict__[_PROGRAM] = program
+        module.__class__ = _rewired_class(type(module))
+    model.__dict__[_PLAN] = chosen
+    model.__class__ = _settling_class(type(model))
+
+
+@cache
+def _rewired_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` whose forward runs the module's program."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_PROGRAM](self, args, kwargs)
+
+    return _subclass(cls, {"forward": functools.wraps(cls.forward)(forward)})
+
+
+@cache
+def _settling_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the whole model's class: its methods hand out tensors, never streams."""
+    methods = {
+        name: _settling(method)
+        for owner in reversed(cls.__mro__)
+        if issubclass(owner, nn.Module) and owner is not nn.Module
+        for name, method in vars(owner).items()
+        if inspect.isfunction(method) and not name.startswith("_")
+    }
+    return _subclass(cls, methods)
+
+
+def _subclass(cls: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    original = getattr(cls, "revwire_original", cls)
+    members |= {"revwire_original": original, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    members["__reduce_ex__"] = _reduce
+    return type(cls.__name__, (cls,), members)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickle and deepcopy: the generated class is made anew from the one it was made of."""
+    original = type(self).revwire_original  # type: ignore[attr-defined]
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuild, (original, _PROGRAM in self.__dict__, _PLAN in self.__dict__), state
+
+
+def _rebuild(original: type[nn.Module], rewired: bool, whole: bool) -> nn.Module:  # noqa: FBT001 - pickle's protocol
+    cls = _rewired_class(original) if rewired else original
+    cls = _settling_class(cls) if whole else cls
+    return cls.__new__(cls)
+
+
+_inside = threading.local()
+
+
+def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, but what leaves its outermost call on a model is tensors, wherever its code stopped in a chain."""
+
+    @functools.wraps(method)
+    def settled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running: set[int] = _inside.__dict__.setdefault("models", set())
+        if id(self) in running:
+            return method(self, *args, **kwargs)
+        running.add(id(self))
+        try:
+            return settle(method(self, *args, **kwargs))
+        finally:
+            running.discard(id(self))
+
+    return settled

@@ -1,0 +1,281 @@
+"""The memory-free backward: what a chain remembers of a forward, and how backward gets the rest back.
+
+    forward    x[i+1] = a * x[i-1] + b * x[i] + c * F_i(x[i])              ordinary autograd
+    backward   x[i-1] = (x[i+1] - b * x[i] - c * F_i(x[i])) / a            needs F_i(x[i]) once more
+
+In forward a step is ordinary autograd, except that its branch F_i runs under saved-tensor hooks: each tensor that an
+operation of the branch would save for backward is dropped, and a `Ticket` is saved in its place. Nothing of the chain
+stays but its last pair of streams. When backward redeems the first ticket of a branch, the branch runs once more, with
+grad, on the input that the step after it has reconstructed; what that run saves serves all tickets of the branch, and
+its output reconstructs the input of the step before. The gradients flow through the graph that forward built, so
+hooks, taps, frozen parts, side inputs, `autograd.grad`, double backward and `retain_graph` are autograd's own business.
+
+Who holds whom decides whether graphs are freed: a graph holds tickets, a ticket its link, a link the link after it and
+the last link the chain's last pair. Nothing points from a later step to an earlier one, and no tensor held here has a
+history. What backward reconstructs belongs to one backward pass (`Pass`) and is gone when that pass ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revwire._torch import at_end_of_backward, backward_pass, keeps_graph
+from revwire.coupling import Coupling
+from revwire.errors import ReplayError
+from revwire.replay import Conditions, observe
+
+Pair = tuple[Tensor, Tensor]
+"""Two consecutive states of a chain, `(x[i-1], x[i])`, without history."""
+
+
+class Branch:
+    """One step's residual branch as a function of the trunk and its side inputs, and the modules it runs.
+
+    Args:
+        name: What messages call the step, such as `blocks.3#0`.
+        function: `F(x, *sides)`.
+        modules: The modules it calls.
+        own: The parameters it reads itself, as (owner, name).
+    """
+
+    __slots__ = ("function", "modules", "name", "own")
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        modules: Sequence[nn.Module] = (),
+        own: Sequence[tuple[nn.Module, str]] = (),
+    ) -> None:
+        self.name, self.function, self.modules, self.own = name, function, modules, own
+
+
+class Ticket:
+    """Stands in the graph for a tensor that the branch would have saved: the `index`-th of its `link`."""
+
+    __slots__ = ("__weakref__", "index", "link")
+
+    def __init__(self, link: Link, index: int) -> None:
+        self.link, self.index = link, index
+
+
+class Pass:
+    """What one backward pass has reconstructed so far, by the position of the link that did it.
+
+    Attributes:
+        below: The pair that a link's replay handed to the step before it.
+        saved: The tensors a link's replay saved and that its tickets have not fetched yet.
+    """
+
+    __slots__ = ("below", "saved")
+
+    def __init__(self) -> None:
+        self.below: dict[int, Pair] = {}
+        self.saved: dict[int, dict[int, Tensor]] = {}
+
+
+class Tape:
+    """One run of one chain; its links share the passes of backward over it."""
+
+    __slots__ = ("passes",)
+
+    def __init__(self) -> None:
+        self.passes: dict[int, Pass] = {}
+
+    def current(self) -> Pass:
+        """The pass for the backward that this thread runs; a throw-away one outside of any."""
+        number = backward_pass()
+        if number == -1:
+            return Pass()
+        if number not in self.passes:
+            passes = self.passes
+            passes[number] = Pass()
+            at_end_of_backward(lambda: passes.pop(number, None))
+        return self.passes[number]
+
+
+class Link:
+    """One step of one run of a chain: what replaying and undoing it takes.
+
+    Attributes:
+        position: Place in the chain's run, from 0.
+        next: The step that continued from here.
+        taken: Whether some step has continued from here; a second one has to enter anew.
+        end: The pair after this step while no other step has continued, with its in-place versions.
+        bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
+        undo: Takes the pair back through the rearrangements between the step before and this one.
+    """
+
+    __slots__ = (
+        "_tickets", "_wants_grad", "bottom", "branch", "conditions", "coupling", "end", "next", "position", "sides",
+        "strides", "tape", "taken", "undo",
+    )  # fmt: skip
+
+    def __init__(
+        self, tape: Tape, position: int, coupling: Coupling, branch: Branch, *, bottom: bool
+    ) -> None:
+        self.tape, self.position, self.coupling, self.branch, self.bottom = (
+            tape,
+            position,
+            coupling,
+            branch,
+            bottom,
+        )
+        self.next: Link | None = None
+        self.taken = False
+        self.end: tuple[Pair, tuple[int, int]] | None = None
+        self.undo: tuple[Callable[[Tensor], Tensor], ...] = ()
+        self.conditions: Conditions | None = None
+        self.sides: tuple[Any, ...] = ()
+        self.strides: tuple[int, ...] = ()
+        self._tickets: list[tuple[weakref.ref[Ticket], torch.Size, torch.dtype]] = []
+        self._wants_grad = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether neither this step nor one before it dropped a tensor."""
+        return self.bottom and not self._tickets
+
+    def run(self, x: Tensor, sides: tuple[Any, ...]) -> Tensor:
+        """The branch in forward: its output with grad, its saved tensors dropped."""
+        self._wants_grad, self.strides = x.requires_grad, x.stride()
+        self.sides = tuple(_without_history(s) for s in sides)
+        version = x._version
+        with observe(self.branch.modules, self.branch.own, x.device) as self.conditions:
+            with saved_tensors_hooks(self._drop, _redeem):
+                out = self.branch.function(x, *sides)
+        if x._version != version:
+            raise ReplayError(
+                f"{self.branch.name}: the branch changes its input in place, which would corrupt the stream; give it a "
+                "clone, or leave the block out with rewire(..., exclude=...)"
+            )
+        return out
+
+    def finish(self, previous: Tensor, current: Tensor) -> None:
+        """Note the pair after this step; backward starts from it if no step continues."""
+        self.end = (previous.detach(), current.detach()), (previous._version, current._version)
+
+    def _drop(self, tensor: Tensor) -> Tensor | Ticket:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        ticket = Ticket(self, len(self._tickets))
+        self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
+        return ticket
+
+    def redeem(self, index: int) -> Tensor:
+        """The tensor that ticket `index` stands for, in the backward pass that asks for it."""
+        now = self.tape.current()
+        if self.position not in now.saved:
+            # steps whose branches saved nothing, or take no part in this backward, are stepped through
+            to_replay = [self]
+            while (above := to_replay[-1].next) is not None and above.position not in now.below:
+                to_replay.append(above)
+            for link in reversed(to_replay):
+                link._replay(now, keep=link is self)
+        try:
+            return now.saved[self.position].pop(index)
+        except KeyError:
+            raise ReplayError(
+                f"{self.branch.name}: a tensor saved in forward was fetched twice in one backward pass; an "
+                "autograd.Function in the branch should read ctx.saved_tensors only once"
+            ) from None
+
+    def _replay(self, now: Pass, *, keep: bool) -> None:
+        current, following = self._take(now, keep=keep)
+        x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
+        saved: dict[int, Tensor] = {}
+        assert self.conditions is not None
+        with self.conditions.restored(self.branch.name), torch.set_grad_enabled(keep):
+            out = self._rerun(x, saved) if keep else self.branch.function(x, *self.sides)
+        if keep:
+            now.saved[self.position] = saved
+        if out is None:
+            return
+        with torch.no_grad():
+            pair = self.coupling.retreat(following, current, out.detach()), current
+            for undo in self.undo:
+                pair = undo(pair[0]), undo(pair[1])
+        now.below[self.position] = pair
+
+    def _rerun(self, x: Tensor, saved: dict[int, Tensor]) -> Tensor | None:
+        """Run the branch with grad and collect what it saves; None where its output is not needed any more."""
+        count = 0
+
+        def collect(tensor: Tensor) -> Tensor | None:
+            nonlocal count
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            if count == len(self._tickets):
+                raise self._differs("saves more tensors")
+            ticket, shape, dtype = self._tickets[count]
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise self._differs(
+                    f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}"
+                )
+            if ticket() is not None:
+                saved[count] = tensor.detach()
+            count += 1
+            if self.bottom and count == len(self._tickets):
+                raise _Done
+            return None
+
+        sides = tuple(_without_history(s) for s in self.sides)
+        try:
+            with saved_tensors_hooks(collect, _no_backward):
+                out = self.branch.function(x, *sides)
+        except _Done:
+            return None
+        if count != len(self._tickets):
+            raise self._differs("saves fewer tensors")
+        return out
+
+    def _take(self, now: Pass, *, keep: bool) -> Pair:
+        """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain."""
+        if self.next is not None:
+            return now.below.pop(self.next.position)
+        if self.end is None:
+            raise ReplayError(f"{self.branch.name}: the end of its chain was freed by an earlier backward()")
+        pair, versions = self.end
+        if tuple(t._version for t in pair) != versions:
+            raise ReplayError(
+                f"{self.branch.name}: the output of its chain has been modified by an inplace operation, and backward "
+                "needs it as it was; use the out-of-place form of that operation"
+            )
+        if keep and backward_pass() != -1 and not keeps_graph():
+            self.end = None
+        return pair
+
+    def _differs(self, what: str) -> ReplayError:
+        return ReplayError(
+            f"{self.branch.name}: run again in backward, the branch {what} than in forward, so it is not the same "
+            "run; does it depend on global state, or on random numbers of a generator of its own?"
+        )
+
+
+class _Done(Exception):  # noqa: N818 - a signal: everything asked for is collected
+    pass
+
+
+def _redeem(packed: Tensor | Ticket) -> Tensor:
+    return packed.link.redeem(packed.index) if isinstance(packed, Ticket) else packed
+
+
+def _no_backward(_: object) -> Tensor:
+    raise ReplayError("a branch runs a backward pass of its own inside forward, which cannot be run again")
+
+
+def _without_history(side: Any) -> Any:
+    return side.detach().requires_grad_(side.requires_grad) if isinstance(side, Tensor) else side
+
+
+def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`tensor` laid out as its original was: another layout may take another kernel that saves other tensors."""
+    if tensor.stride() == strides or 0 in strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
