@@ -1,0 +1,152 @@
+"""Bytes and seconds of one training step: plain, with activation checkpointing, and rewired.
+
+    python -m benchmarks.memory --help
+
+Held is what lives between forward and backward, peak the most that lives at once during both. The clock and
+the meter are separate runs, because the meter slows the step it watches. Where the figures come from, and
+what they do not count, is written into every result file (`report.METHOD`).
+
+For a model of your own: `print(table(run([Case("mine", factory, inputs)])))` with rich's print.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from timm.layers import DropPath
+from torch import nn
+from torch.nn import functional
+
+from benchmarks import record
+from benchmarks.report import METHOD, document, save, table
+from benchmarks.steps import Case, Row, run, steps_to_come
+from benchmarks.strategies import STRATEGIES
+from revwire.errors import RevwireError
+from revwire.timm_models import create
+
+__all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]
+
+MODELS = (
+    "vit_tiny_patch16_224@4",
+    "vit_small_patch16_224@8",
+    "vit_base_patch16_224@16",
+    "swin_tiny_patch4_window7_224@4",
+    "convnext_tiny@4",
+    "resnet50@4",
+)
+
+
+class Amp(str, Enum):
+    """Autocast of the forward."""
+
+    none = "none"
+    bf16 = "bf16"
+
+
+def timm_case(
+    spec: str, *, batch: int = 4, size: int | None = None, device: str = "cpu", seed: int = 0
+) -> Case:
+    """A timm model with random weights, random images and random labels.
+
+    Args:
+        spec: timm's name of the model, with `@` and a batch size of its own if it is to differ: `resnet50@8`.
+        batch: Images in the step where the spec does not say.
+        size: Height and width of the images; the model's own if not given.
+        device: Where to run.
+        seed: Seed of weights, images and labels.
+
+    Raises:
+        RevwireError: timm has no such model, or the batch size is no number.
+    """
+    name, _, own_batch = spec.partition("@")
+    if own_batch and not own_batch.isdecimal():
+        raise RevwireError(f"the batch size after @ has to be a whole number, found {spec!r}")
+    count = int(own_batch) if own_batch else batch
+    torch.manual_seed(seed)
+    config = timm.get_pretrained_cfg(name)
+    resized = {"img_size": size} if size and config is not None and config.fixed_input_size else {}
+    model: Any = create(name, resized)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    channels, height, width = model.default_cfg["input_size"]
+    shape = (count, channels, size or height, size or width)
+    labels = torch.randint(model.num_classes, (count,), device=device)
+
+    def factory() -> nn.Module:
+        placed: nn.Module = model.to(device).train()
+        return placed
+
+    return Case(
+        name=f"{name}, batch {count}",
+        factory=factory,
+        inputs=torch.randn(shape, device=device),
+        loss_fn=partial(functional.cross_entropy, target=labels),
+        about={"model": name, "input": list(shape), "drop_path": 0.0},
+    )
+
+
+def main(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="timm model, NAME or NAME@BATCH; repeat for several."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in a step.")] = 4,
+    size: Annotated[int | None, typer.Option(help="Image side; the model's own if not given.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    amp: Annotated[Amp, typer.Option(help="Autocast of the forward.")] = Amp.none,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed steps of each strategy; 0: no clock.")] = 5,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", "-s", help=f"One of {', '.join(STRATEGIES)}; repeat; all if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, images and labels.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
+    ] = record.RESULTS,
+    name: Annotated[str | None, typer.Option(help="Their name; memory-DEVICE-AMP if not given.")] = None,
+) -> None:
+    """Measure bytes and seconds of one training step, print them and write them down.
+
+    Quick look: python -m benchmarks.memory --rounds 1 --model vit_tiny_patch16_224 --batch 2
+
+    On a GPU: python -m benchmarks.memory --device cuda --amp bf16 -m vit_large_patch16_224@64
+
+    Only two ways: python -m benchmarks.memory -s checkpoint -s rewired -m resnet50@8
+    """
+    console = Console()
+    strategies = strategy or list(STRATEGIES)
+    if unknown := [s for s in strategies if s not in STRATEGIES]:
+        message = f"{unknown[0]!r} is not one of {', '.join(STRATEGIES)}"
+        raise typer.BadParameter(message, param_hint="--strategy")
+    try:
+        cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
+    except RevwireError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bar:
+        task = bar.add_task("", total=steps_to_come(len(cases), len(strategies), rounds))
+        rows = run(
+            cases,
+            strategies,
+            rounds=rounds,
+            autocast=torch.bfloat16 if amp is Amp.bf16 else None,
+            progress=lambda what: bar.update(task, description=what, advance=1),
+        )
+    settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
+    written = document(cases, rows, "benchmarks.memory", settings)
+    console.print(table(rows), record.in_one_line(written), METHOD, sep="\n")
+    stem = out / (name or f"memory-{torch.device(device).type}-{amp.value}")
+    console.print("written:", *save(written, rows, stem))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""What every result file says about where it comes from: command, date, machine and versions."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import revwire
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def origin(module: str) -> dict[str, Any]:
+    """JSON-ready description of this run.
+
+    Args:
+        module: The module run with `python -m`, such as `benchmarks.memory`.
+    """
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "date": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores, threads torch uses, and the GPU if there is one."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the figures."""
+    packages = {"torch": torch.__version__, "timm": timm.__version__, "revwire": revwire.__version__}
+    return {"python": platform.python_version(), **packages}
+
+
+def in_one_line(record: dict[str, Any]) -> str:
+    """Machine and versions of an `origin` as a caption."""
+    host, packages = record["machine"], record["versions"]
+    device = host["gpu"] or f"{host['cpu']}, {host['threads']} threads"
+    return ", ".join(
+        [device, *(f"{name} {version}" for name, version in packages.items()), record["date"][:10]]
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
