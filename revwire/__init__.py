@@ -7,16 +7,19 @@ from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireErr
 from revwire.plan import Chain, Plan, Skipped, Step
 from revwire.streams import Streams
 from revwire.surgery import plan, plan_of, rewire, unwire
+from revwire.verify import Check, Report, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Chain",
+    "Check",
     "CheckpointError",
     "Coupling",
     "Plan",
     "Re2TAL",
     "ReplayError",
+    "Report",
     "RevwireError",
     "RewireError",
     "Skipped",
@@ -26,4 +29,5 @@ __all__ = [
     "plan_of",
     "rewire",
     "unwire",
+    "verify",
 ]

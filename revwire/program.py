@@ -24,6 +24,9 @@ from revwire.tape import Branch
 from revwire.trace import TENSOR, Frame, Recorder, TraceFailure, original_forward
 
 
+PROGRAM = "_revwire_program"
+"""The attribute that holds a rewired module's `Program`."""
+
 _MAX_VARIANTS = 64  # an argument that is another number at every call must not fill memory with code
 
 
@@ -154,10 +157,11 @@ class Program:
             )
         )
 
-    def _runner(self, planned: Planned, code: StepCode) -> Callable[..., Any]:
-        options = self.options
-
+    @staticmethod
+    def _runner(planned: Planned, code: StepCode) -> Callable[..., Any]:
+        # reads the options from the module it runs for: deep copies share this code, not their options
         def run(module: nn.Module, trunk: Any, *sides: Any) -> Any:
+            options = module.__dict__[PROGRAM].options
             return run_step(module, planned, code, options, trunk, tuple(as_tensor(s) for s in sides))
 
         run.__name__ = run.__qualname__ = "step"

@@ -6,6 +6,7 @@ makes going back exact: the old class is put back.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -20,12 +21,12 @@ from revwire.coupling import Coupling, coupling_of
 from revwire.errors import RewireError
 from revwire.plan import Plan
 from revwire.probe import Probe, make_plan, probe
-from revwire.program import Options, Planned, Program
+from revwire.program import PROGRAM, Options, Planned, Program
 from revwire.streams import settle
 from revwire.trace import TraceFailure
 
 Globs = str | Sequence[str] | None
-_PROGRAM, _PLAN = "_revwire_program", "_revwire_plan"
+_PLAN = "_revwire_plan"
 
 
 def plan(
@@ -85,7 +86,7 @@ def rewire(
     chosen = fresh if plan is None else _fitting(plan, fresh, found)
     if not chosen.chains:
         raise RewireError(_nothing_to_rewire(chosen))
-    _apply(model, chosen, found, Options(kind))
+    apply_plan(model, chosen, found, Options(kind))
     return model
 
 
@@ -100,7 +101,7 @@ def unwire(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if (original := getattr(type(module), "revwire_original", None)) is not None:
             module.__class__ = original
-            module.__dict__.pop(_PROGRAM, None)
+            module.__dict__.pop(PROGRAM, None)
             module.__dict__.pop(_PLAN, None)
     return model
 
@@ -112,7 +113,16 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 def options_of(model: nn.Module) -> Options | None:
     """How the steps of a rewired model run, None if it is not rewired."""
-    return next((m.__dict__[_PROGRAM].options for m in model.modules() if _PROGRAM in m.__dict__), None)
+    return next((m.__dict__[PROGRAM].options for m in model.modules() if PROGRAM in m.__dict__), None)
+
+
+def with_options(model: nn.Module, options: Options) -> nn.Module:
+    """A deep copy of a rewired model whose steps run another way."""
+    duplicate = copy.deepcopy(model)
+    for module in duplicate.modules():
+        if (program := module.__dict__.get(PROGRAM)) is not None:
+            program.options = options
+    return duplicate
 
 
 def _planned(
@@ -122,7 +132,12 @@ def _planned(
         raise RewireError(f"{type(model).__name__} is rewired already; call revwire.unwire(model) first")
     args, kwargs = call_arguments(model, example_inputs)
     found = probe(model, args, kwargs)
-    return found, make_plan(found, coupling_of(coupling).name, _globs(include), _globs(exclude) or ())
+    return found, choose_plan(found, coupling_of(coupling), include, exclude)
+
+
+def choose_plan(found: Probe, coupling: Coupling, include: Globs = None, exclude: Globs = None) -> Plan:
+    """The chains to rewire of a recorded run."""
+    return make_plan(found, coupling.name, _globs(include), _globs(exclude) or ())
 
 
 def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -183,7 +198,7 @@ def _nothing_to_rewire(empty: Plan) -> str:
     )
 
 
-def _apply(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
+def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
     """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
     last = {id(step) for chain in chosen.chains for step in (chain.steps[-1],)}
     wanted: dict[str, dict[int, Planned]] = {}
@@ -202,7 +217,7 @@ def _apply(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> No
             raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
     for path, program in programs.items():
         module = frames[path].module
-        module.__dict__[_PROGRAM] = program
+        module.__dict__[PROGRAM] = program
         module.__class__ = _rewired_class(type(module))
     model.__dict__[_PLAN] = chosen
     model.__class__ = _settling_class(type(model))
@@ -213,7 +228,7 @@ def _rewired_class(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `cls` whose forward runs the module's program."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_PROGRAM](self, args, kwargs)
+        return self.__dict__[PROGRAM](self, args, kwargs)
 
     return _subclass(cls, {"forward": functools.wraps(cls.forward)(forward)})
 
@@ -242,7 +257,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickle and deepcopy: the generated class is made anew from the one it was made of."""
     original = type(self).revwire_original  # type: ignore[attr-defined]
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _rebuild, (original, _PROGRAM in self.__dict__, _PLAN in self.__dict__), state
+    return _rebuild, (original, PROGRAM in self.__dict__, _PLAN in self.__dict__), state
 
 
 def _rebuild(original: type[nn.Module], rewired: bool, whole: bool) -> nn.Module:  # noqa: FBT001 - pickle's protocol

@@ -1,0 +1,328 @@
+"""`verify`: the promises of a rewiring, measured on a copy of the model.
+
+Each check compares the rewired copy with an independent run: the original forward, or ordinary autograd through the
+same recurrence with nothing dropped and nothing run again. Branches that start at zero (BatchNorm gamma of zero, layer
+scales of 1e-6) would make every comparison agree for the wrong reason, so the copies' are made non-zero first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire._torch import tree_leaves, tree_map
+from revwire.coupling import Coupling, Original, coupling_of
+from revwire.memory.measure import LiveBytes, mean_square
+from revwire.plan import Plan
+from revwire.probe import Probe, probe
+from revwire.program import Options
+from revwire.surgery import (
+    Globs,
+    apply_plan,
+    call_arguments,
+    choose_plan,
+    options_of,
+    plan_of,
+    unwire,
+    with_options,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+GRADIENT_BOUND = 1e-5
+DECOMPOSITION_BOUND_FLOAT64 = 1e-12
+HELD_BOUND = 0.05
+# a parameter whose true gradient is zero (the bias of a key projection) has nothing but rounding errors to compare:
+# differences are relative to at least this share of the largest gradient norm of the model
+GRADIENT_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, measured.
+
+    Attributes:
+        name: What was compared.
+        figure: What was measured.
+        bound: The most that `figure` may be.
+        detail: Where the figure comes from.
+    """
+
+    name: str
+    figure: float
+    bound: float
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the figure is within its bound; a NaN is not."""
+        return self.figure <= self.bound
+
+
+@dataclass(frozen=True)
+class Report:
+    """The checks of one model; prints as a table."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check is within its bound."""
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready dicts and lists."""
+        return {
+            "model": self.model,
+            "ok": self.ok,
+            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        verdict = "[green]verified[/]" if self.ok else "[red]NOT verified[/]"
+        table = Table(title=f"{escape(self.model)}: {verdict}", title_justify="left")
+        table.add_column("check", overflow="fold")
+        table.add_column("measured", justify="right")
+        table.add_column("at most", justify="right")
+        table.add_column("")
+        table.add_column("where", overflow="fold")
+        for check in self.checks:
+            mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
+            table.add_row(check.name, f"{check.figure:.2g}", f"{check.bound:.2g}", mark, escape(check.detail))
+        yield table
+
+
+def verify(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str | Coupling = "re2tal",
+    include: Globs = None,
+    exclude: Globs = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Measure on copies of `model` that rewiring it is right: gradients, memory, decomposition, and the way back.
+
+    Args:
+        model: Any module, rewired (then its own plan and coupling are checked) or not; it is left as it is.
+        example_inputs: What its forward takes, at a small batch, as for `revwire.plan`. Constant floating-point
+            tensors (zeros made for their shape) are replaced by noise.
+        coupling: The recurrence, for a model that is not rewired.
+        include: Globs of module paths, as for `revwire.rewire`.
+        exclude: Globs of module paths, as for `revwire.rewire`.
+        progress: Called with the name of each check before it is measured.
+
+    Raises:
+        RewireError: the model cannot be rewired, or its inputs are not known.
+    """
+    say = progress or (lambda _: None)
+    say("plan")
+    pristine, wanted, kind = _pristine(model, coupling)
+    args, kwargs = call_arguments(pristine, example_inputs)
+    args, kwargs = _noisy((args, kwargs))
+    found = probe(pristine, args, kwargs)
+    chosen = wanted or choose_plan(found, kind, include, exclude)
+    with _random_state_kept():
+        _make_branches_count(pristine)
+        run = _Runs(pristine, found, chosen, kind, args, kwargs)
+        checks = [run.state_dict()]
+        for training in (False, True):
+            mode = "train" if training else "eval"
+            say(f"decomposition, {mode}")
+            checks.append(run.decomposition(training=training))
+            say(f"gradients, {mode}")
+            checks.extend(run.gradients(training=training))
+        say("memory")
+        checks.append(run.memory())
+        say("way back")
+        checks.append(run.way_back())
+    return Report(type(model).__name__, tuple(checks))
+
+
+class _Runs:
+    """Copies of one model, wired in different ways, and what comparing them shows."""
+
+    def __init__(
+        self, pristine: nn.Module, found: Probe, plan: Plan, coupling: Coupling, args: Any, kwargs: Any
+    ) -> None:
+        self.pristine, self.plan, self.coupling = pristine, plan, coupling
+        self.args, self.kwargs = args, kwargs
+        self.original = copy.deepcopy(pristine)
+        self.parallel = any(len(r.terms) > 1 for r in found.residuals)
+        self._before = _storages(pristine)
+        # from here on the pristine model is the rewired one that every run copies
+        apply_plan(pristine, plan, found, Options(coupling))
+
+    def wired(self, *, coupling: Coupling | None = None, replay: bool = True) -> nn.Module:
+        """A rewired copy of the model."""
+        return with_options(self.pristine, Options(coupling or self.coupling, replay))
+
+    def state_dict(self) -> Check:
+        """Invariant 1: the same keys and the very same tensors."""
+        before, after = self._before, _storages(self.pristine)
+        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        return Check("state_dict: keys and storages changed", len(changed), 0, ", ".join(changed[:3]))
+
+    def decomposition(self, *, training: bool) -> Check:
+        """Invariant 2: the rewritten code with the plain recurrence is the original network."""
+        dtype = torch.float64 if self.parallel else None
+        models = copy.deepcopy(self.original), self.wired(coupling=Original())
+        args, kwargs = _cast((self.args, self.kwargs), dtype)
+        outputs = []
+        for model in models:
+            model.to(dtype).train(training)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                outputs.append(_floats(model(*args, **kwargs)))
+        figure = max((_difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
+        how = "relative, float64 (parallel branches)" if self.parallel else "largest difference"
+        name = f"decomposition against the original forward, {'train' if training else 'eval'}"
+        return Check(name, figure, DECOMPOSITION_BOUND_FLOAT64 if self.parallel else 0, how)
+
+    def gradients(self, *, training: bool) -> Iterator[Check]:
+        """Invariant 3: gradients, buffers and random state as with plain autograd through the same recurrence."""
+        mode = "train" if training else "eval"
+        after = []
+        for replay in (False, True):
+            model = self.wired(replay=replay)
+            model.train(training)
+            torch.manual_seed(2)
+            _loss(model(*self.args, **self.kwargs)).backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            after.append((grads, dict(model.named_buffers()), torch.get_rng_state()))
+        (wanted, buffers, state), (found, moved, ended) = after
+        worst, where = _worst_gradient(wanted, found)
+        yield Check(f"gradients against plain autograd, {mode}", worst, GRADIENT_BOUND, where)
+        if training:
+            differing = [n for n, b in buffers.items() if not torch.equal(b, moved[n])]
+            count = len(differing) + (not torch.equal(state, ended))
+            yield Check(
+                "buffers and random state that differ after a step", count, 0, ", ".join(differing[:3])
+            )
+
+    def memory(self) -> Check:
+        """Invariant 4: bytes held do not grow from step to step of a chain."""
+        model = self.wired()
+        model.train()
+        model(*self.args, **self.kwargs)  # caches that stay are filled before anything is counted
+        meter, live = LiveBytes(), dict[str, list[int]]()
+        for chain in self.plan.chains:
+            for path in dict.fromkeys(step.module for step in chain.steps):
+                counts = live.setdefault(chain.name, [])
+                module = model.get_submodule(path)
+                module.register_forward_hook(lambda *_, counts=counts: counts.append(meter.live))
+        with meter:
+            output = model(*self.args, **self.kwargs)
+        del output
+        worst, where = 0.0, "no chain spans more than three modules"
+        for chain in self.plan.chains:
+            # the first module has no streams behind it yet, and the last one has merged them
+            inner = live[chain.name][1:-1]
+            if len(inner) > 1:
+                trunk = chain.steps[0].trunk
+                size = 4 * torch.Size(trunk).numel()
+                growth = (inner[-1] - inner[0]) / (len(inner) - 1) / size
+                if growth >= worst:
+                    worst, where = (
+                        growth,
+                        f"{chain.name}: {inner[0]} bytes after two modules, {inner[-1]} before the last",
+                    )
+        return Check("bytes held for each further step, in trunks", worst, HELD_BOUND, where)
+
+    def way_back(self) -> Check:
+        """Invariant 5: unwiring gives the same classes and bit-identical outputs."""
+        original, back = self.original, unwire(self.wired())
+        classes = [type(a) is not type(b) for a, b in zip(original.modules(), back.modules(), strict=True)]
+        outputs = []
+        for model in (original, back):
+            model.eval()
+            with torch.no_grad():
+                outputs.append(_floats(model(*self.args, **self.kwargs)))
+        differing = sum(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+        return Check("unwired: classes and outputs that differ", sum(classes) + differing, 0)
+
+
+def _pristine(model: nn.Module, coupling: str | Coupling) -> tuple[nn.Module, Plan | None, Coupling]:
+    """A copy of the model as it was before rewiring, with the plan and coupling it had, if any."""
+    duplicate = copy.deepcopy(model)
+    duplicate.zero_grad(set_to_none=True)
+    wanted, options = plan_of(model), options_of(model)
+    if wanted is None or options is None:
+        return duplicate, None, coupling_of(coupling)
+    return unwire(duplicate), wanted, options.coupling
+
+
+def _storages(model: nn.Module) -> dict[str, int]:
+    return {key: tensor.untyped_storage().data_ptr() for key, tensor in model.state_dict().items()}
+
+
+def _make_branches_count(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:  # noqa: PLR2004
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.2 * noise)
+
+
+def _noisy(tree: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(leaf: Any) -> Any:
+        constant = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1
+        if constant and bool((leaf == leaf.flatten()[0]).all()):
+            return torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf
+
+    return tree_map(noisy, tree)
+
+
+def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return tree
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    leaves = tree_leaves(output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _loss(output: Any) -> Tensor:
+    return mean_square(output)
+
+
+def _difference(wanted: Tensor, found: Tensor) -> float:
+    if wanted.shape != found.shape:
+        return float("inf")
+    difference = float((wanted - found).abs().max()) if wanted.numel() else 0.0
+    return (
+        difference / max(float(wanted.abs().max()), 1e-300) if wanted.dtype == torch.float64 else difference
+    )
+
+
+def _worst_gradient(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, str]:
+    if only := sorted(wanted.keys() ^ found.keys()):
+        return float("inf"), f"only one of both has a gradient: {', '.join(only[:3])}"
+    floor = GRADIENT_FLOOR * max(float(g.norm()) for g in wanted.values())
+    errors = {
+        n: float((found[n] - g).norm()) / max(float(g.norm()), floor, 1e-300) for n, g in wanted.items()
+    }
+    worst = max(errors, key=lambda n: (errors[n] != errors[n], errors[n]))
+    return errors[worst], worst
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
