@@ -10,6 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
+import revwire
 from revwire._torch import FakeTensorMode
 from revwire.errors import RevwireError
 from revwire.memory.measure import (
@@ -226,6 +227,24 @@ def test_agrees_with_the_allocator(model, shape, unseen, tmp_path):
     held, peak = allocator_bytes(model, x, tmp_path / "trace.json")
     assert measured.held == held - unseen
     assert 0.95 * peak <= measured.peak + unseen <= peak  # scratch memory inside a kernel is not seen
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def test_agrees_with_the_allocator_on_a_rewired_model(tmp_path):
+    x = torch.randn(128, 64)
+    model = revwire.rewire(nn.Sequential(*(Residual() for _ in range(8))), x)
+    measured = measure_step(model, x)
+    held, peak = allocator_bytes(model, x, tmp_path / "trace.json")
+    assert held - 64 <= measured.held <= held  # a number that meets a tensor becomes one without an operator
+    assert 0.95 * peak <= measured.peak <= peak
 
 
 def test_fake_tensors_cost_what_the_real_ones_would():
