@@ -1,0 +1,80 @@
+"""What a rewired checkpoint says about itself: written by `convert` and `save`, read by `load`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from revwire.errors import CheckpointError, RewireError
+from revwire.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from revwire.timm_models import Architecture
+
+_PLAN, _COUPLING, _VERSION = "revwire.plan", "revwire.coupling", "revwire.version"
+_JSON_LIMIT = 16 * 2**20  # characters; timm's largest config.json (22k class names) has two million
+
+
+def rewiring_metadata(architecture: Architecture, plan: Plan) -> dict[str, str]:
+    """What a rewired checkpoint says about itself, for `load` and for other readers."""
+    from revwire import __version__
+
+    return {
+        "format": "pt",
+        "architecture": architecture.name,
+        "model_args": json.dumps(dict(architecture.model_args)),
+        _PLAN: plan.to_json(),
+        _COUPLING: plan.coupling,
+        _VERSION: __version__,
+    }
+
+
+def is_rewired(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata is that of a rewired checkpoint."""
+    return _PLAN in metadata
+
+
+def rewiring_of(metadata: Mapping[str, str], path: Path) -> Plan:
+    """The plan that a rewired checkpoint carries.
+
+    Raises:
+        CheckpointError: The file was not written by revwire, or its plan cannot be read.
+    """
+    if not is_rewired(metadata):
+        raise CheckpointError(f"{path} is not a rewired checkpoint: make one with `revwire convert {path}`")
+    again = (
+        f"convert the original again (written by revwire {metadata.get(_VERSION, 'of unknown version')[:50]})"
+    )
+    try:
+        plan = Plan.from_dict(parse_json(metadata[_PLAN], f"{path}: the plan in its metadata"))
+    except RewireError as error:
+        raise CheckpointError(f"{path}: the plan in its metadata is {error}; {again}") from error
+    if plan.coupling != metadata.get(_COUPLING, plan.coupling):
+        raise CheckpointError(
+            f"{path} names two couplings, {plan.coupling!r} and {metadata[_COUPLING][:50]!r}; {again}"
+        )
+    return plan
+
+
+def parse_json(text: str, what: str) -> dict[str, Any]:
+    """A JSON object from outside.
+
+    Args:
+        text: The JSON text.
+        what: Where it comes from, for the message.
+
+    Raises:
+        CheckpointError: Too long, not JSON, or not an object.
+    """
+    if len(text) > _JSON_LIMIT:
+        raise CheckpointError(f"{what} is {len(text)} characters long; at most {_JSON_LIMIT} are read")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{what} is a JSON {type(data).__name__}, not an object")
+    return data

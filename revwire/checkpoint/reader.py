@@ -1,0 +1,174 @@
+"""Checkpoint files read safely: nothing in a file is run, and a bad file is one `CheckpointError`.
+
+Tensors are mapped from the file, not read: a tensor costs memory only where, and when, someone looks at it.
+What a file is shows in its first bytes, not in its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from revwire import timm_models
+from revwire.errors import CheckpointError
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+# How other files begin that end up under a checkpoint's name, mostly by a download that went wrong.
+_OTHER_FILES = {
+    b"version https://git-lfs": "a git-lfs pointer: fetch the file itself with `git lfs pull`",
+    b"<": "a web page or XML, as a failed download leaves: download it again",
+    b"\x89HDF": "an HDF5 file: convert it to safetensors first",
+    b"GGUF": "a GGUF file, which holds no trainable weights",
+    b"\x93NUMPY": "a NumPy array: convert it to safetensors first",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint file.
+
+    Attributes:
+        path: The file.
+        tensors: Every tensor by name, memory-mapped where the format allows.
+        metadata: The safetensors metadata; of timm's training checkpoints, what says how the model was built.
+        entry: Which entry of a torch file holds the tensors (`state_dict_ema`); `""` is the file as a whole.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    entry: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+
+def read(path: str | Path) -> Source:
+    """Open a checkpoint: safetensors, or a torch file of tensors only (`weights_only=True`, never otherwise).
+
+    Args:
+        path: The file, of any name.
+
+    Returns:
+        Its tensors on the CPU and its metadata.
+
+    Raises:
+        CheckpointError: There is no such file, or it is not a checkpoint, is damaged, or holds other objects
+            than tensors; the message says what was found and what to do.
+    """
+    path = Path(path)
+    head = _head(path)
+    if (
+        head[8:9] == b"{"
+    ):  # after the length of the header, whose bytes can look like the start of anything else
+        return _read_safetensors(path)
+    for beginning, kind in _OTHER_FILES.items():
+        if head.lstrip().startswith(beginning):
+            raise CheckpointError(f"{path} is no checkpoint but {kind}")
+    if head.startswith((_ZIP, _PICKLE)) or path.suffix in _TORCH_SUFFIXES:
+        return _read_torch(path, mmap=head.startswith(_ZIP))
+    return _read_safetensors(path)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder: name the checkpoint file in it")
+        with path.open("rb") as file:
+            head = file.read(64)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot open {path}: {reason}") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty: download or save it again")
+    return head
+
+
+def _read_safetensors(path: Path) -> Source:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({reason}): "
+            f"it is truncated, damaged or of another format; download or save it again"
+        ) from error
+    return Source(path, tensors, metadata)
+
+
+def _read_torch(path: Path, *, mmap: bool) -> Source:
+    try:
+        # argparse.Namespace holds data only, and every training checkpoint of timm has one.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged pickle can make the restricted unpickler raise anything
+        raise _refusal(path, error) from error
+    entry, state = _state_dict(loaded)
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter) or value.is_sparse:
+            raise CheckpointError(
+                f"{path} is not a state dict: its entry {str(name)[:100]!r} is a {type(value).__name__}, "
+                f"not a dense tensor; save the weights alone, torch.save(model.state_dict(), file)"
+            )
+        tensors[_without_wrappers(name)] = value.detach()
+    if not tensors:
+        raise CheckpointError(
+            f"{path} is no state dict; save the weights, torch.save(model.state_dict(), file)"
+        )
+    return Source(path, tensors, _training_metadata(loaded), entry)
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    """In our own words: torch's tell how to load the file with the safety off."""
+    text = str(error)
+    if found := re.search(r"unsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", text, re.IGNORECASE):
+        return CheckpointError(
+            f"{path} holds more than tensors ({found[1]}), and unpickling that could run code, so it is "
+            f"not read; save the weights alone, torch.save(model.state_dict(), file)"
+        )
+    unpickler = re.search(r"WeightsUnpickler error: (.*)", text)
+    reason = unpickler[1] if unpickler else f"{type(error).__name__}: {text}".partition("\n")[0]
+    return CheckpointError(
+        f"{path} ({path.stat().st_size} bytes) is not a whole torch checkpoint of tensors ({reason[:200]}): "
+        f"it is truncated, damaged or of another format; download or save it again"
+    )
+
+
+def _state_dict(loaded: Any) -> tuple[str, Mapping[Any, Any]]:
+    """The entry that holds the weights, in timm's order of preference, and its name."""
+    if not isinstance(loaded, Mapping):
+        return "", {}
+    for entry in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded.get(entry), Mapping):
+            return entry, loaded[entry]
+    return "", loaded
+
+
+def _without_wrappers(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel and torch.compile put before it."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
+
+
+def _training_metadata(loaded: Any) -> dict[str, str]:
+    """How the model was built, where a training script of timm noted it, in the form of our own metadata."""
+    noted = timm_models.from_training(loaded) if isinstance(loaded, Mapping) else None
+    return {"architecture": noted.name, "model_args": json.dumps(dict(noted.model_args))} if noted else {}
