@@ -1,0 +1,227 @@
+"""Convert a checkpoint: read it, plan its rewiring, prove it, and write the same tensors with the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from revwire import surgery, timm_models
+from revwire.checkpoint.architecture import resolve
+from revwire.checkpoint.fit import build, common_dtype
+from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_of
+from revwire.checkpoint.reader import read
+from revwire.checkpoint.writer import check_out, write
+from revwire.errors import RewireError
+from revwire.memory.measure import StepMemory, measure_step
+from revwire.verify import verify as run_checks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from torch import nn
+
+    from revwire.checkpoint.reader import Source
+    from revwire.plan import Plan
+    from revwire.timm_models import Architecture
+    from revwire.verify import Report
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What rewiring saves in one training step, measured.
+
+    Attributes:
+        batch: Number of images in the step.
+        plain: Bytes held and peak of the model as it was.
+        rewired: The same, rewired.
+    """
+
+    batch: int
+    plain: StepMemory
+    rewired: StepMemory
+
+    @property
+    def saved(self) -> int:
+        """Bytes no longer held between forward and backward."""
+        return self.plain.held - self.rewired.held
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` found and did. Print it, or keep it as JSON (`to_dict`).
+
+    Attributes:
+        source: The checkpoint that was read.
+        entry: Its entry that holds the weights (`state_dict_ema`); `""` is the file as a whole.
+        architecture: The model the tensors belong to.
+        plan: What is rewired.
+        report: The verification; None where it was not asked for.
+        out: The file written; None where the verification failed, and nothing was.
+        source_bytes: Size of the file that was read.
+        out_bytes: Size of the file written.
+        savings: What rewiring saves in training; None where nothing was written.
+    """
+
+    source: Path
+    entry: str
+    architecture: Architecture
+    plan: Plan
+    report: Report | None
+    source_bytes: int
+    out: Path | None = None
+    out_bytes: int = 0
+    savings: Savings | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the rewired checkpoint was written."""
+        return self.out is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The conversion as JSON-ready dicts and lists."""
+        return {
+            "source": str(self.source),
+            "entry": self.entry,
+            "source_bytes": self.source_bytes,
+            "architecture": self.architecture.name,
+            "model_args": dict(self.architecture.model_args),
+            "plan": self.plan.to_dict(),
+            "report": self.report.to_dict() if self.report else None,
+            "out": str(self.out) if self.out else None,
+            "out_bytes": self.out_bytes,
+            "savings": {**asdict(self.savings), "saved": self.savings.saved} if self.savings else None,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.filesize import decimal
+        from rich.table import Table
+        from rich.text import Text
+
+        yield self.plan
+        if self.report:
+            yield self.report
+        if self.savings:
+            table = Table(title=f"one training step, batch {self.savings.batch}", title_justify="left")
+            for heading in ("", "held for backward", "peak"):
+                table.add_column(heading, justify="right" if heading else "left")
+            for name, memory in (("plain", self.savings.plain), ("rewired", self.savings.rewired)):
+                table.add_row(name, decimal(memory.held), decimal(memory.peak))
+            yield table
+            yield f"saved in every step: {decimal(self.savings.saved)}"
+        part = f", {self.entry}" if self.entry else ""
+        read = f"read {self.source} ({decimal(self.source_bytes)}{part}), {self.architecture}"
+        wrote = (
+            f"wrote {self.out} ({decimal(self.out_bytes)}), for revwire.load" if self.out else "wrote nothing"
+        )
+        yield Text(f"{read}\n{wrote}", no_wrap=True, overflow="ignore")  # paths stay in one piece
+
+
+def convert(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    coupling: str = "re2tal",
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a checkpoint of a timm model into one of the rewired model.
+
+    The tensors are written as they were read, byte for byte; architecture, coupling and plan go into the
+    metadata. The planning, the verification and the measurement run on the CPU, in float32 at least.
+
+    Args:
+        path: A safetensors file, or a torch file of tensors only.
+        out: Where to write; by default `model.revwire.safetensors` beside `model.safetensors`.
+        arch: timm's name of the model, where the file and a `config.json` beside it do not tell.
+        model_args: Arguments of `timm.create_model`; without `arch` they go over those the file names.
+        coupling: Name of the coupling the model is rewired with.
+        verify: Verify before writing.
+        progress: Called with what is being done, in a few words.
+
+    Returns:
+        What was found and done. Where the verification failed, nothing was written: `ok` is False.
+
+    Raises:
+        CheckpointError: The file cannot be read, does not fit its architecture, or `out` cannot be written.
+        RewireError: The model has nothing to rewire.
+    """
+    say = progress or (lambda _: None)
+    path = Path(path)
+    out = Path(out) if out else _default_out(path)
+    say(f"reading {path.name}")
+    source = read(path)
+    check_out(out, path)
+    architecture = resolve(source, arch, model_args)
+    say(f"building {architecture.name}")
+    model = _plain(source, architecture)
+    say("planning")
+    plan = surgery.plan(model, coupling=coupling)
+    if not plan.chains:
+        reasons = "; ".join(f"{left.module or 'the model'}: {left.reason}" for left in plan.skipped[:3])
+        raise RewireError(
+            f"{path}: nothing in {architecture} can be rewired ({reasons or 'no residual found'})"
+        )
+    report = None
+    if verify:
+        report = run_checks(model, coupling=coupling, progress=lambda check: say(f"verifying: {check}"))
+    done = Conversion(path, source.entry, architecture, plan, report, source.size)
+    if report and not report.ok:
+        return done
+    say("measuring a training step")
+    savings = _measure(model, plan)
+    say(f"writing {out.name}")
+    write(out, source.tensors, {**source.metadata, **rewiring_metadata(architecture, plan)})
+    return replace(done, out=out, out_bytes=out.stat().st_size, savings=savings)
+
+
+def load_plain(
+    path: str | Path, *, arch: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, str | None]:
+    """Load a checkpoint, converted or not, into its model as it is without rewiring.
+
+    Args:
+        path: The file.
+        arch: As in `convert`.
+        model_args: As in `convert`.
+
+    Returns:
+        The model on the CPU, in float32 at least; and the coupling that a converted file names.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not fit its architecture.
+    """
+    source = read(path)
+    plan = rewiring_of(source.metadata, source.path) if is_rewired(source.metadata) else None
+    return _plain(source, resolve(source, arch, model_args)), plan.coupling if plan else None
+
+
+def _plain(source: Source, architecture: Architecture) -> nn.Module:
+    dtype = torch.promote_types(common_dtype(source.tensors), torch.float32)
+    return build(architecture, source.tensors, str(source.path), dtype)
+
+
+def _default_out(path: Path) -> Path:
+    """`model.revwire.safetensors` beside `model.safetensors`, `model.pth` or `model.revwire.safetensors`."""
+    return path.with_name(f"{path.stem.removesuffix('.revwire')}.revwire.safetensors")
+
+
+def _measure(model: nn.Module, plan: Plan) -> Savings:
+    """Measure a training step of the model before and after rewiring; the model is used up."""
+    inputs = timm_models.example_inputs(model)
+    assert inputs is not None, "planning would have asked for inputs"
+    with torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
+            model(inputs)  # fills the caches that stay, rope tables for one, which are no activations
+        plain = measure_step(model, inputs)
+        surgery.rewire(model, inputs, coupling=plan.coupling, plan=plan)
+        rewired = measure_step(model, inputs)
+    return Savings(len(inputs), plain, rewired)

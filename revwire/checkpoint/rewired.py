@@ -1,0 +1,103 @@
+"""Rewired models from files and back: `load` one ready to train, `save` one in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from revwire import surgery, timm_models
+from revwire.checkpoint.architecture import resolve
+from revwire.checkpoint.fit import build, check_fit, common_dtype
+from revwire.checkpoint.metadata import rewiring_metadata, rewiring_of
+from revwire.checkpoint.reader import read
+from revwire.checkpoint.writer import check_out, write
+from revwire.errors import CheckpointError, RevwireError, RewireError
+from revwire.timm_models import Architecture
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+# Where a model keeps how it was built: a plain attribute, which deepcopy takes along and state_dict does not.
+_BUILT_AS = "_revwire_architecture"
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a rewired checkpoint, as `convert` or `save` wrote it.
+
+    Args:
+        path: The file.
+        device: Where the model goes.
+
+    Returns:
+        The rewired model with the file's weights, in their dtype, in train mode.
+
+    Raises:
+        CheckpointError: The file cannot be read, was not written by revwire, or does not fit its model.
+    """
+    path = Path(path)
+    source = read(path)
+    plan = rewiring_of(source.metadata, path)
+    architecture = resolve(source)
+    model = build(architecture, source.tensors, str(path), common_dtype(source.tensors))
+    try:
+        surgery.rewire(model, coupling=plan.coupling, plan=plan)
+    except RewireError as error:
+        raise CheckpointError(
+            f"{path}: its plan does not fit {architecture} as this version of timm builds it ({error}); "
+            f"convert the original checkpoint again"
+        ) from error
+    model.__dict__[_BUILT_AS] = architecture
+    return model.to(device)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a rewired model as a checkpoint that `load` reads, replacing an older file in one step.
+
+    Args:
+        model: The rewired model; it may be in training, on any device.
+        path: The file, named `*.safetensors`.
+        arch: timm's name of the model; when left out, what `load` read or what timm noted on the model.
+        model_args: Arguments of `timm.create_model` that go with `arch`.
+
+    Raises:
+        CheckpointError: The model is not rewired, its architecture can't be told, or the disk refuses.
+    """
+    path = Path(path)
+    check_out(path)
+    plan = surgery.plan_of(model)
+    if plan is None:
+        raise CheckpointError(
+            f"this {type(model).__name__} is not rewired: call revwire.rewire first, "
+            f"and pass the model itself, not a wrapper such as DistributedDataParallel"
+        )
+    if model_args and not arch:
+        raise CheckpointError("model_args= belongs to arch=: pass timm's name of the model with it")
+    architecture = Architecture(arch, dict(model_args or {})) if arch else _known(model)
+    tensors = model.state_dict()
+    if arch:
+        check_fit(architecture, tensors, f"this {type(model).__name__}")
+    write(path, tensors, rewiring_metadata(architecture, plan))
+
+
+def _known(model: nn.Module) -> Architecture:
+    """How the model was built: as `load` remembers it, unless it was changed since; else as timm can tell."""
+    remembered = model.__dict__.get(_BUILT_AS)
+    try:
+        if isinstance(remembered, Architecture):
+            check_fit(remembered, model.state_dict(), "")
+            return remembered
+    except CheckpointError:
+        pass
+    try:
+        return timm_models.describe(model)
+    except RevwireError as error:
+        raise CheckpointError(str(error)) from error
