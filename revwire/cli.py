@@ -1,0 +1,238 @@
+"""The command `revwire`: parse, call, print.
+
+Results go to stdout, as tables or (`--json`) as JSON and nothing else; progress and errors go to stderr.
+torch and timm are imported inside the commands, so that `--help` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from revwire.errors import RevwireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+_FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar"}
+_WIDTH_OF_A_PIPE = 110  # columns of a table where no terminal says how many there are
+
+app = typer.Typer(
+    name="revwire",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name of a timm model (random weights), or a checkpoint file.")
+]
+CouplingOption = Annotated[
+    str | None, typer.Option(help="How the two streams are coupled; by default the file's own, or re2tal.")
+]
+ArchOption = Annotated[
+    str | None, typer.Option(help="timm's name of the model in a file, where the file does not tell.")
+]
+ModelArgsOption = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Arguments of timm.create_model: '{\"num_classes\": 10}'.")
+]
+InputSizeOption = Annotated[
+    str | None, typer.Option(metavar="CxHxW", help="Size of one input image; by default the model's own.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+class _Result(Protocol):
+    """What a command prints: a rich renderable that has a JSON form too."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from revwire import __version__
+
+        typer.echo(f"revwire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Rewire pretrained residual networks into reversible ones and train them with a memory-free backward."""
+
+
+@app.command(epilog="Example: revwire plan vit_base_patch16_224 --exclude 'blocks.0'")
+def plan(
+    model: ModelArgument,
+    coupling: CouplingOption = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Rewire only modules of this path; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Leave modules of this path; repeatable.")
+    ] = None,
+    arch: ArchOption = None,
+    model_args: ModelArgsOption = None,
+    input_size: InputSizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what would be rewired, and why the rest would not; changes nothing."""
+    arguments, size = _parse_arguments(model_args), _parse_size(input_size)
+    with _working(f"planning {model}"):
+        from revwire import surgery
+
+        network, own = _open(model, arch, arguments)
+        made = surgery.plan(
+            network,
+            _inputs(network, size),
+            coupling=coupling or own,
+            include=include or None,
+            exclude=exclude or None,
+        )
+    _print(made, as_json=as_json)
+
+
+@app.command(epilog="Example: revwire verify resnet50")
+def verify(
+    model: ModelArgument,
+    coupling: CouplingOption = None,
+    arch: ArchOption = None,
+    model_args: ModelArgsOption = None,
+    input_size: InputSizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on a copy of the model that rewiring it keeps its promises; exit code 1 if one is broken."""
+    arguments, size = _parse_arguments(model_args), _parse_size(input_size)
+    with _working(f"verifying {model}") as say:
+        from revwire.verify import verify as run_checks
+
+        network, own = _open(model, arch, arguments)
+        report = run_checks(
+            network,
+            _inputs(network, size),
+            coupling=coupling or own,
+            progress=lambda check: say(f"verifying {model}: {check}"),
+        )
+    _print(report, as_json=as_json)
+    if not report.ok:
+        _fail("the verification failed")
+
+
+@app.command(epilog="Example: revwire convert model.safetensors --arch vit_base_patch16_224")
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The checkpoint: safetensors, .pth or .bin.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write; by default FILE.revwire.safetensors.")
+    ] = None,
+    coupling: Annotated[str, typer.Option(help="How the two streams are coupled.")] = "re2tal",
+    arch: ArchOption = None,
+    model_args: ModelArgsOption = None,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before writing.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint of the rewired model: the same tensors, and the plan in the metadata."""
+    arguments = _parse_arguments(model_args)
+    with _working(f"converting {file}") as say:
+        from revwire import checkpoint
+
+        done = checkpoint.convert(
+            file, out, arch=arch, model_args=arguments, coupling=coupling, verify=check, progress=say
+        )
+    _print(done, as_json=as_json)
+    if not done.ok:
+        _fail("the verification failed, nothing was written")
+
+
+def main() -> None:
+    """Run the command line; the entry point of the installed command."""
+    app(prog_name="revwire")
+
+
+@contextmanager
+def _working(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr while a command works; an expected error ends it with one line and exit code 1."""
+    console = Console(stderr=True)
+    try:
+        with console.status(escape(text)) as status:
+            yield lambda step: status.update(escape(step))
+    except RevwireError as error:
+        _fail(str(error))
+
+
+def _fail(text: str) -> None:
+    typer.echo(f"revwire: {' '.join(text.split())}", err=True)
+    raise typer.Exit(1)
+
+
+def _print(result: _Result, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_finite(result.to_dict()), indent=2, allow_nan=False))
+    else:
+        Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE).print(result)
+
+
+def _finite(data: Any) -> Any:
+    """The same data with None for NaN and infinities, which JSON does not have."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _open(model: str, arch: str | None, model_args: dict[str, Any] | None) -> tuple[nn.Module, str]:
+    """The model that MODEL names, not rewired, and the coupling it is to be rewired with."""
+    import torch
+
+    from revwire import checkpoint, timm_models
+
+    path = Path(model)
+    if path.is_file() or path.suffix in _FILE_SUFFIXES or arch:
+        network, coupling = checkpoint.load_plain(path, arch=arch, model_args=model_args)
+        return network, coupling or "re2tal"
+    if not timm_models.exists(model):
+        raise RevwireError(f"there is no file {model}, and {timm_models.unknown_name(model)}")
+    torch.manual_seed(0)  # random weights, but the same ones every time: so are the figures
+    return timm_models.create(model, model_args or {}), "re2tal"
+
+
+def _inputs(network: nn.Module, size: tuple[int, int, int] | None) -> Tensor | None:
+    from revwire import timm_models
+
+    return timm_models.noise_images(network, size) if size else None
+
+
+def _parse_arguments(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}", param_hint="--model-args") from error
+    if not isinstance(arguments, dict):
+        raise typer.BadParameter(f"{text!r} is not a JSON object", param_hint="--model-args")
+    return arguments
+
+
+def _parse_size(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise typer.BadParameter(f"{text!r} is not of the form 3x224x224", param_hint="--input-size")
+    channels, height, width = map(int, parts)
+    return channels, height, width
