@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 GRADIENT_BOUND = 1e-5
+GRADIENT_BOUND_FLOAT64 = 1e-10
 DECOMPOSITION_BOUND_FLOAT64 = 1e-12
 HELD_BOUND = 0.05
 # a parameter whose true gradient is zero (the bias of a key projection) has nothing but rounding errors to compare:
@@ -130,7 +131,7 @@ def verify(
     say("plan")
     pristine, wanted, kind = _pristine(model, coupling)
     args, kwargs = call_arguments(pristine, example_inputs)
-    args, kwargs = _noisy((args, kwargs))
+    args, kwargs = _noisy(_cast((args, kwargs), next((p.dtype for p in pristine.parameters()), None)))
     found = probe(pristine, args, kwargs)
     chosen = wanted or choose_plan(found, kind, include, exclude)
     with _random_state_kept():
@@ -148,6 +149,15 @@ def verify(
         say("way back")
         checks.append(run.way_back())
     return Report(type(model).__name__, tuple(checks))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one training step left behind."""
+
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random: Tensor
 
 
 class _Runs:
@@ -193,23 +203,35 @@ class _Runs:
     def gradients(self, *, training: bool) -> Iterator[Check]:
         """Invariant 3: gradients, buffers and random state as with plain autograd through the same recurrence."""
         mode = "train" if training else "eval"
-        after = []
-        for replay in (False, True):
-            model = self.wired(replay=replay)
-            model.train(training)
-            torch.manual_seed(2)
-            _loss(model(*self.args, **self.kwargs)).backward()
-            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            after.append((grads, dict(model.named_buffers()), torch.get_rng_state()))
-        (wanted, buffers, state), (found, moved, ended) = after
-        worst, where = _worst_gradient(wanted, found)
-        yield Check(f"gradients against plain autograd, {mode}", worst, GRADIENT_BOUND, where)
+        exact = self._step(torch.float64, replay=False, training=training)
+        found = self._step(torch.float64, replay=True, training=training)
+        worst, where = _worst_gradient(exact.gradients, found.gradients)
+        yield Check(
+            f"gradients against plain autograd, {mode}, float64", worst, GRADIENT_BOUND_FLOAT64, where
+        )
+        plain = self._step(None, replay=False, training=training)
+        found = self._step(None, replay=True, training=training)
+        # no float32 run can be asked to agree more closely with plain float32 than that agrees with the truth
+        rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
+        worst, where = _worst_gradient(plain.gradients, found.gradients)
+        where += f"; plain float32 itself is {rounding:.1e} from float64"
+        bound = max(GRADIENT_BOUND, rounding)
+        yield Check(f"gradients against plain autograd, {mode}, float32", worst, bound, where)
         if training:
-            differing = [n for n, b in buffers.items() if not torch.equal(b, moved[n])]
-            count = len(differing) + (not torch.equal(state, ended))
-            yield Check(
-                "buffers and random state that differ after a step", count, 0, ", ".join(differing[:3])
-            )
+            moved = [
+                name for name, buffer in plain.buffers.items() if not torch.equal(buffer, found.buffers[name])
+            ]
+            differing = moved + ([] if torch.equal(plain.random, found.random) else ["(random state)"])
+            name = "buffers and random state that differ after a step"
+            yield Check(name, len(differing), 0, ", ".join(differing[:3]))
+
+    def _step(self, dtype: torch.dtype | None, *, replay: bool, training: bool) -> _Step:
+        model = self.wired(replay=replay).to(dtype).train(training)
+        args, kwargs = _cast((self.args, self.kwargs), dtype)
+        torch.manual_seed(2)
+        mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return _Step(gradients, dict(model.named_buffers()), torch.get_rng_state())
 
     def memory(self) -> Check:
         """Invariant 4: bytes held do not grow from step to step of a chain."""
@@ -225,10 +247,10 @@ class _Runs:
         with meter:
             output = model(*self.args, **self.kwargs)
         del output
-        worst, where = 0.0, "no chain spans more than three modules"
+        worst, where = 0.0, "no chain spans more than four modules"
         for chain in self.plan.chains:
-            # the first module has no streams behind it yet, and the last one has merged them
-            inner = live[chain.name][1:-1]
+            # the first two modules have no whole pair of streams behind them yet, the last one has merged them
+            inner = live[chain.name][2:-1]
             if len(inner) > 1:
                 trunk = chain.steps[0].trunk
                 size = 4 * torch.Size(trunk).numel()
@@ -236,7 +258,7 @@ class _Runs:
                 if growth >= worst:
                     worst, where = (
                         growth,
-                        f"{chain.name}: {inner[0]} bytes after two modules, {inner[-1]} before the last",
+                        f"{chain.name}: {inner[0]} bytes after three modules, {inner[-1]} before the last",
                     )
         return Check("bytes held for each further step, in trunks", worst, HELD_BOUND, where)
 
@@ -257,6 +279,8 @@ def _pristine(model: nn.Module, coupling: str | Coupling) -> tuple[nn.Module, Pl
     """A copy of the model as it was before rewiring, with the plan and coupling it had, if any."""
     duplicate = copy.deepcopy(model)
     duplicate.zero_grad(set_to_none=True)
+    if any(p.dtype in {torch.float16, torch.bfloat16} for p in duplicate.parameters()):
+        duplicate.float()
     wanted, options = plan_of(model), options_of(model)
     if wanted is None or options is None:
         return duplicate, None, coupling_of(coupling)
@@ -298,10 +322,6 @@ def _floats(output: Any) -> list[Tensor]:
     return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _loss(output: Any) -> Tensor:
-    return mean_square(output)
-
-
 def _difference(wanted: Tensor, found: Tensor) -> float:
     if wanted.shape != found.shape:
         return float("inf")
@@ -314,11 +334,13 @@ def _difference(wanted: Tensor, found: Tensor) -> float:
 def _worst_gradient(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, str]:
     if only := sorted(wanted.keys() ^ found.keys()):
         return float("inf"), f"only one of both has a gradient: {', '.join(only[:3])}"
-    floor = GRADIENT_FLOOR * max(float(g.norm()) for g in wanted.values())
+    floor = GRADIENT_FLOOR * max(float(gradient.norm()) for gradient in wanted.values())
     errors = {
-        n: float((found[n] - g).norm()) / max(float(g.norm()), floor, 1e-300) for n, g in wanted.items()
+        name: float((found[name].double() - gradient.double()).norm())
+        / max(float(gradient.norm()), floor, 1e-300)
+        for name, gradient in wanted.items()
     }
-    worst = max(errors, key=lambda n: (errors[n] != errors[n], errors[n]))
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return errors[worst], worst
 
 
