@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -14,6 +16,9 @@ from torch.utils._pytree import (
     tree_map_only,
     tree_unflatten,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "FakeTensor",
@@ -43,6 +48,6 @@ def keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def at_end_of_backward(callback: object) -> None:
+def at_end_of_backward(callback: Callable[[], object]) -> None:
     """Have `callback()` called when the backward pass this thread runs is done."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[arg-type]

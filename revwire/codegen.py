@@ -9,12 +9,13 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from revwire.residual import Residual
-from revwire.trace import Frame
+if TYPE_CHECKING:
+    from revwire.residual import Residual
+    from revwire.trace import Frame
 
 
 class _Self:
@@ -145,12 +146,7 @@ def _compile(graph: fx.Graph, filename: str) -> Callable[..., Any]:
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - our own code, printed by torch.fx
     lines = code.src.splitlines(keepends=True)
-    linecache.cache[filename] = (
-        len(code.src),
-        None,
-        lines,
-        filename,
-    )  # so that tracebacks show the generated line
+    linecache.cache[filename] = (len(code.src), None, lines, filename)  # tracebacks show the generated line
     function: Callable[..., Any] = namespace["forward"]
     return function
 

@@ -9,10 +9,14 @@ enters a chain and of what leaves it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from revwire.errors import RewireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Coupling:
         """`(x[-1], x[0])` of a chain that is given `x`."""
         return x, x
 
-    def leave(self, previous: Tensor, current: Tensor) -> Tensor:  # noqa: ARG002 - couplings differ in what they use
+    def leave(self, previous: Tensor, current: Tensor) -> Tensor:  # noqa: ARG002 - others use both
         """The one tensor that the rest of the network sees of `(x[i-1], x[i])`."""
         return current
 
@@ -89,7 +93,7 @@ class Original(Coupling):
     c: float = 1.0
 
 
-_NAMED: dict[str, type[Coupling]] = {"re2tal": Re2TAL}
+_NAMED: dict[str, Callable[[], Coupling]] = {"re2tal": Re2TAL}
 
 
 def coupling_of(coupling: str | Coupling) -> Coupling:

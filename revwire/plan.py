@@ -7,13 +7,14 @@ code of that module's own `forward`). Everything a plan left alone stands in `Pl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from revwire.errors import RewireError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _Data = TypeVar("_Data", "Step", "Skipped")
@@ -165,7 +166,8 @@ def _read(cls: type[_Data], data: dict[str, Any]) -> _Data:
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(data) - known):
         raise KeyError(f"unknown field {unknown[0]!r} of {cls.__name__}")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return cls(**values)
 
 
 def _plural(count: int, noun: str) -> str:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
-
-from torch import fx, nn
+from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
+from revwire.record import Recorder
 from revwire.residual import Residual, find_residuals
-from revwire.trace import Frame, Identity, Recorder
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+    from revwire.trace import Frame, Identity
 
 MIN_STEPS = 2
 """A chain of one step is no gain: it would hold two streams where autograd holds one branch."""
@@ -102,7 +105,7 @@ def make_plan(
     skipped += [
         Skipped(f.path, f"its forward {f.failure}")
         for f in found.frames
-        if f.failure and _matters(f, found, planned)
+        if f.failure and _matters(f, planned)
     ]
     return Plan(
         type(found.model).__name__,
@@ -142,7 +145,7 @@ def _chains(
         else:
             reasons[_key(residual)] = (
                 f"the residual at {residual.line} stands alone: no other residual continues its trunk "
-                f"({'x'.join(map(str, residual.skip.meta['value'].shape))}) unchanged, so there is nothing to chain it to"
+                f"({'x'.join(map(str, residual.skip.meta['value'].shape))}) unchanged"
             )
     return kept
 
@@ -183,7 +186,7 @@ def _excluded(path: str, include: tuple[str, ...] | None, exclude: tuple[str, ..
     return None
 
 
-def _matters(frame: Frame, found: Probe, planned: set[tuple[str, int]]) -> bool:
+def _matters(frame: Frame, planned: set[tuple[str, int]]) -> bool:
     """Whether an untraced frame is worth a word: it calls children, and nothing of it or around it is rewired."""
     if not frame.module._modules:
         return False

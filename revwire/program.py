@@ -8,21 +8,24 @@ original forward runs on the merged tensor, and says so once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from revwire._torch import TreeSpec, tree_flatten, tree_unflatten
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
-from revwire.coupling import Coupling
+from revwire.record import Recorder
 from revwire.residual import Residual, find_residuals
 from revwire.streams import Streams, as_tensor, settle
 from revwire.tape import Branch
-from revwire.trace import TENSOR, Frame, Recorder, TraceFailure, original_forward
+from revwire.trace import TENSOR, Frame, TraceFailure, original_forward
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from revwire.coupling import Coupling
 
 PROGRAM = "_revwire_program"
 """The attribute that holds a rewired module's `Program`."""
@@ -101,7 +104,7 @@ class Program:
         copy.__dict__.update(self.__getstate__(), _variants=list(self._variants))
         return copy
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward, rewired."""
         leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_streams)

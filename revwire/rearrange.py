@@ -6,12 +6,14 @@ blocks, channels-last nets) without leaving the chain. Used where chains are fou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 

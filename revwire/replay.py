@@ -7,16 +7,18 @@ weights (the very tensors of the forward, unchanged) and buffers (BatchNorm stat
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from revwire.errors import ReplayError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 
 @dataclass(slots=True)

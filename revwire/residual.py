@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from revwire.trace import Frame, Identity, original_forward
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_ASSERT = torch._assert  # noqa: SLF001 - what traced code calls
 _ADDITIONS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_}
 
 
@@ -154,7 +157,7 @@ def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
 def _broadcasts_into(term: fx.Node, trunk: fx.Node) -> bool:
     shape: torch.Size = trunk.meta["value"].shape
     try:
-        return torch.broadcast_shapes(term.meta["value"].shape, shape) == shape
+        return bool(torch.broadcast_shapes(term.meta["value"].shape, shape) == shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
 
@@ -185,7 +188,7 @@ def _between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
             after.add(node)
             waiting.extend(node.users)
     inside = after & (_ancestors(ends) | set(ends))
-    inside |= {n for n in after if n.target is torch._assert and inside.intersection(n.all_input_nodes)}
+    inside |= {n for n in after if n.target is _ASSERT and inside.intersection(n.all_input_nodes)}
     return tuple(n for n in skip.graph.nodes if n in inside)
 
 
@@ -287,7 +290,7 @@ def _is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
     try:
         direct = call(sample.clone()).flatten()[shuffle]
         shuffled = call(sample.flatten()[shuffle].reshape(sample.shape).clone()).flatten()
-    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is not an activation
+    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no activation
         return False
     return bool(torch.equal(direct, shuffled))
 

@@ -6,16 +6,19 @@ rearrange (reshape, permute, ...), which acts on both streams and keeps the chai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from revwire._torch import register_pytree_node, tree_leaves, tree_map
-from revwire.coupling import Coupling
 from revwire.rearrange import inverse, is_rearrangement
 from revwire.tape import Branch, Link, Tape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from revwire.coupling import Coupling
 
 
 class Streams:
@@ -33,15 +36,15 @@ class Streams:
 
     __slots__ = (
         "__weakref__",
+        "_left",
         "_link",
         "_merged",
-        "_left",
         "_undo",
         "coupling",
         "current",
         "dtype",
         "previous",
-    )  # noqa: RUF023
+    )
 
     def __init__(
         self,
@@ -124,18 +127,22 @@ class Streams:
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of either stream."""
         return self.current.shape
 
     @property
     def device(self) -> torch.device:
+        """Device of either stream."""
         return self.current.device
 
     @property
     def ndim(self) -> int:
+        """Number of dimensions."""
         return self.current.ndim
 
     @property
     def requires_grad(self) -> bool:
+        """Whether autograd records what is done with it."""
         return self.previous.requires_grad or self.current.requires_grad
 
     def size(self, dim: int | None = None) -> Any:
@@ -172,11 +179,11 @@ def _operator(name: str) -> Callable[..., Any]:
     return method
 
 
-_OPERATORS = (
-    "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod pow rpow matmul rmatmul "
-    "neg pos abs invert and or xor eq ne lt le gt ge getitem setitem iter bool float int index contains"
-).split()
-for _name in _OPERATORS:
+_OPERATORS = """
+    add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod pow rpow matmul rmatmul
+    neg pos abs invert and or xor eq ne lt le gt ge getitem setitem iter bool float int index contains
+"""
+for _name in _OPERATORS.split():
     setattr(Streams, f"__{_name}__", _operator(f"__{_name}__"))
 Streams.__hash__ = object.__hash__  # type: ignore[method-assign]
 

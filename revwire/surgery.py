@@ -11,19 +11,23 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from revwire import timm_models
 from revwire.coupling import Coupling, coupling_of
 from revwire.errors import RewireError
-from revwire.plan import Plan
 from revwire.probe import Probe, make_plan, probe
 from revwire.program import PROGRAM, Options, Planned, Program
 from revwire.streams import settle
 from revwire.trace import TraceFailure
+
+if TYPE_CHECKING:
+    from revwire.plan import Plan
+
+_Maker = TypeVar("_Maker", bound=Callable[..., Any])
+_once = cast("Callable[[_Maker], _Maker]", functools.cache)  # classes are hashable, whatever their stubs say
 
 Globs = str | Sequence[str] | None
 _PLAN = "_revwire_plan"
@@ -178,11 +182,13 @@ def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
     for step in wanted.steps:
         if (step.module, step.residual) not in have:
             raise RewireError(
-                f"the plan does not fit {fresh.model}: it has no residual {step.name}; plan again with revwire.plan(model)"
+                f"the plan does not fit {fresh.model}: it has no residual {step.name}; "
+                "plan again with revwire.plan(model)"
             )
     if wanted.coupling != fresh.coupling:
         raise RewireError(
-            f"the plan was made for coupling {wanted.coupling!r}, not {fresh.coupling!r}; pass coupling={wanted.coupling!r}"
+            f"the plan was made for coupling {wanted.coupling!r}, not {fresh.coupling!r}; "
+            f"pass coupling={wanted.coupling!r}"
         )
     return wanted
 
@@ -223,8 +229,8 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
     model.__class__ = _settling_class(type(model))
 
 
-@cache
-def _rewired_class(cls: type[nn.Module]) -> type[nn.Module]:
+@_once
+def _rewired_class(cls: Any) -> type[nn.Module]:
     """A subclass of `cls` whose forward runs the module's program."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -233,8 +239,8 @@ def _rewired_class(cls: type[nn.Module]) -> type[nn.Module]:
     return _subclass(cls, {"forward": functools.wraps(cls.forward)(forward)})
 
 
-@cache
-def _settling_class(cls: type[nn.Module]) -> type[nn.Module]:
+@_once
+def _settling_class(cls: Any) -> type[nn.Module]:
     """A subclass of the whole model's class: its methods hand out tensors, never streams."""
     methods = {
         name: _settling(method)
@@ -253,14 +259,15 @@ def _subclass(cls: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), members)
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
+def _reduce(self: nn.Module, _: Any) -> Any:
     """Pickle and deepcopy: the generated class is made anew from the one it was made of."""
     original = type(self).revwire_original  # type: ignore[attr-defined]
-    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    getstate: Any = getattr(self, "__getstate__", None)
+    state = getstate() if getstate is not None else self.__dict__
     return _rebuild, (original, PROGRAM in self.__dict__, _PLAN in self.__dict__), state
 
 
-def _rebuild(original: type[nn.Module], rewired: bool, whole: bool) -> nn.Module:  # noqa: FBT001 - pickle's protocol
+def _rebuild(original: type[nn.Module], rewired: bool, whole: bool) -> nn.Module:
     cls = _rewired_class(original) if rewired else original
     cls = _settling_class(cls) if whole else cls
     return cls.__new__(cls)

@@ -18,17 +18,20 @@ history. What backward reconstructs belongs to one backward pass (`Pass`) and is
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._torch import at_end_of_backward, backward_pass, keeps_graph
-from revwire.coupling import Coupling
 from revwire.errors import ReplayError
 from revwire.replay import Conditions, observe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from revwire.coupling import Coupling
 
 Pair = tuple[Tensor, Tensor]
 """Two consecutive states of a chain, `(x[i-1], x[i])`, without history."""
@@ -113,8 +116,20 @@ class Link:
     """
 
     __slots__ = (
-        "_tickets", "_wants_grad", "bottom", "branch", "conditions", "coupling", "end", "next", "position", "sides",
-        "strides", "tape", "taken", "undo",
+        "_tickets",
+        "_wants_grad",
+        "bottom",
+        "branch",
+        "conditions",
+        "coupling",
+        "end",
+        "next",
+        "position",
+        "sides",
+        "strides",
+        "taken",
+        "tape",
+        "undo",
     )  # fmt: skip
 
     def __init__(
@@ -147,9 +162,9 @@ class Link:
         self._wants_grad, self.strides = x.requires_grad, x.stride()
         self.sides = tuple(_without_history(s) for s in sides)
         version = x._version
-        with observe(self.branch.modules, self.branch.own, x.device) as self.conditions:
-            with saved_tensors_hooks(self._drop, _redeem):
-                out = self.branch.function(x, *sides)
+        seen = observe(self.branch.modules, self.branch.own, x.device)
+        with seen as self.conditions, saved_tensors_hooks(self._drop, _redeem):
+            out = self.branch.function(x, *sides)
         if x._version != version:
             raise ReplayError(
                 f"{self.branch.name}: the branch changes its input in place, which would corrupt the stream; give it a "
@@ -177,7 +192,7 @@ class Link:
             while (above := to_replay[-1].next) is not None and above.position not in now.below:
                 to_replay.append(above)
             for link in reversed(to_replay):
-                link._replay(now, keep=link is self)
+                link.replay(now, keep=link is self)
         try:
             return now.saved[self.position].pop(index)
         except KeyError:
@@ -186,7 +201,8 @@ class Link:
                 "autograd.Function in the branch should read ctx.saved_tensors only once"
             ) from None
 
-    def _replay(self, now: Pass, *, keep: bool) -> None:
+    def replay(self, now: Pass, *, keep: bool) -> None:
+        """Run the branch once more and reconstruct the pair below; `keep` what it saves for the tickets."""
         current, following = self._take(now, keep=keep)
         x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
         saved: dict[int, Tensor] = {}
@@ -258,7 +274,7 @@ class Link:
         )
 
 
-class _Done(Exception):  # noqa: N818 - a signal: everything asked for is collected
+class _Done(Exception):
     pass
 
 

@@ -64,8 +64,13 @@ class Architecture:
         Raises:
             RevwireError: As `build`.
         """
-        with torch.device("meta"):
-            return self.build()
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except RevwireError:
+            # timm before 1.0.22, and a few families after it, look at numbers while building: meta has none
+            with torch.random.fork_rng(devices=[]):
+                return self.build().to("meta")
 
 
 def example_inputs(model: nn.Module, batch: int = 2) -> Tensor | None:
@@ -198,13 +203,14 @@ def from_training(checkpoint: Mapping[Any, Any]) -> Architecture | None:
     return Architecture(name, {str(k): v for k, v in noted.items() if isinstance(v, plain)})
 
 
-def describe(model: nn.Module) -> Architecture:
+def describe(model: nn.Module, known: Architecture | None = None) -> Architecture:
     """The name and arguments that build a model of the same shapes and settings.
 
     The answer is proven: it is built on the meta device and compared with the model.
 
     Args:
         model: A model made by timm, rewired or not.
+        known: How the model was built, where that is known; it may have been changed since (another head).
 
     Returns:
         Its architecture; `model_args` went through JSON, so it builds the same model after being read back.
@@ -212,25 +218,31 @@ def describe(model: nn.Module) -> Architecture:
     Raises:
         RevwireError: It can't be told; the message says to pass `arch=` and `model_args=`.
     """
-    name = _config(model).get("architecture")
-    if not isinstance(name, str) or not exists(name):
-        raise _untold(model, "it does not carry the name of a timm model")
-    recorded = getattr(model, "_model_args", None)  # kept by timm.create_model in recent versions
-    try:
-        args = json.loads(json.dumps(recorded or {}))
-    except TypeError as error:
-        raise _untold(model, f"an argument it was built with cannot be written as JSON ({error})") from error
-    architecture = Architecture(name, {k: v for k, v in args.items() if k not in _RESERVED_ARGS})
-    outline = architecture.outline()
+    recorded = known is not None or hasattr(model, "_model_args")
+    known = known or _noted(model)
+    outline = known.outline()
     then = _traits(outline)
     changed = {key: value for key, value in _traits(model).items() if value != then.get(key)}
     if changed:
-        architecture = Architecture(name, {**architecture.model_args, **changed})
-        outline = architecture.outline()
-    fault = next(differences(model, outline, settings=recorded is None), None)
+        known = Architecture(known.name, {**known.model_args, **changed})
+        outline = known.outline()
+    # where no arguments were recorded, shapes alone would take a ViT of 3 heads for one of 6
+    fault = next(differences(model, outline, settings=not recorded), None)
     if fault:
-        raise _untold(model, f"{architecture} is not the same: {fault}")
-    return architecture
+        raise _untold(model, f"{known} is not the same: {fault}")
+    return known
+
+
+def _noted(model: nn.Module) -> Architecture:
+    """What timm noted on a model: its name, and in recent versions the arguments of `timm.create_model`."""
+    name = _config(model).get("architecture")
+    if not isinstance(name, str) or not exists(name):
+        raise _untold(model, "it does not carry the name of a timm model")
+    try:
+        args = json.loads(json.dumps(getattr(model, "_model_args", {})))
+    except TypeError as error:
+        raise _untold(model, f"an argument it was built with cannot be written as JSON ({error})") from error
+    return Architecture(name, {key: value for key, value in args.items() if key not in _RESERVED_ARGS})
 
 
 def differences(model: nn.Module, outline: nn.Module, *, settings: bool = False) -> Iterator[str]:
@@ -239,8 +251,8 @@ def differences(model: nn.Module, outline: nn.Module, *, settings: bool = False)
     Args:
         model: The model at hand.
         outline: What the architecture builds.
-        settings: Compare numbers and names kept on the modules too (heads, window, eps), drop rates aside:
-            where no arguments were recorded, shapes alone would take a ViT of 3 heads for one of 6.
+        settings: Compare numbers and names kept on the modules too (heads, window, eps), but for those that
+            training recipes change (drop rates, BatchNorm's momentum).
 
     Yields:
         One difference in words.
@@ -265,7 +277,7 @@ def differences(model: nn.Module, outline: nn.Module, *, settings: bool = False)
 
 def _is_setting(key: str, value: Any) -> bool:
     plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    return plain and not key.startswith("_") and key != "p" and "drop" not in key
+    return plain and not key.startswith("_") and key not in ("p", "momentum") and "drop" not in key
 
 
 def _untold(model: nn.Module, why: str) -> RevwireError:
@@ -341,7 +353,7 @@ def _channels(model: nn.Module) -> int:
 
 def _traits(model: nn.Module) -> dict[str, Any]:
     """What of a model may have changed since it was built, or came from its pretrained configuration."""
-    traits = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
+    traits = {"num_classes": getattr(model, "num_classes", None), "in_chans": _channels(model)}
     traits["img_size"] = _image_size(model) if _has_fixed_size(model) else None
     traits["global_pool"] = _pool(model)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in traits.items() if v is not None}

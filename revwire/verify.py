@@ -8,7 +8,6 @@ scales of 1e-6) would make every comparison agree for the wrong reason, so the c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from revwire._torch import tree_leaves, tree_map
 from revwire.coupling import Coupling, Original, coupling_of
 from revwire.memory.measure import LiveBytes, mean_square
-from revwire.plan import Plan
 from revwire.probe import Probe, probe
 from revwire.program import Options
 from revwire.surgery import (
@@ -34,7 +32,11 @@ from revwire.surgery import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from revwire.plan import Plan
 
 GRADIENT_BOUND = 1e-5
 GRADIENT_BOUND_FLOAT64 = 1e-10
@@ -294,7 +296,7 @@ def _storages(model: nn.Module) -> dict[str, int]:
 def _make_branches_count(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:  # noqa: PLR2004
+        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(0.2 * noise)
 

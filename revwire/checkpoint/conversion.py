@@ -156,9 +156,9 @@ def convert(
     """
     say = progress or (lambda _: None)
     path = Path(path)
-    out = Path(out) if out else _default_out(path)
     say(f"reading {path.name}")
     source = read(path)
+    out = Path(out) if out else _default_out(path)
     check_out(out, path)
     architecture = resolve(source, arch, model_args)
     say(f"building {architecture.name}")

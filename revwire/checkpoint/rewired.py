@@ -89,15 +89,8 @@ def save(
 
 
 def _known(model: nn.Module) -> Architecture:
-    """How the model was built: as `load` remembers it, unless it was changed since; else as timm can tell."""
-    remembered = model.__dict__.get(_BUILT_AS)
+    """How the model was built, as `load` remembers it or timm noted it, and as it was changed since."""
     try:
-        if isinstance(remembered, Architecture):
-            check_fit(remembered, model.state_dict(), "")
-            return remembered
-    except CheckpointError:
-        pass
-    try:
-        return timm_models.describe(model)
+        return timm_models.describe(model, model.__dict__.get(_BUILT_AS))
     except RevwireError as error:
         raise CheckpointError(str(error)) from error

@@ -29,14 +29,19 @@ def check_out(out: Path, source: Path | None = None) -> None:
     Raises:
         CheckpointError: `out` is a folder, lies in none, is not named `*.safetensors`, or is `source`.
     """
-    if out.is_dir():
-        raise CheckpointError(f"cannot write {out}: it is a folder; name a file in it")
-    if out.suffix != ".safetensors":
-        raise CheckpointError(f"cannot write {out}: revwire writes safetensors files, name it *.safetensors")
-    if not out.parent.is_dir():
-        raise CheckpointError(f"cannot write {out}: the folder {out.parent} does not exist")
-    if source is not None and out.exists() and out.samefile(source):
-        raise CheckpointError(f"{out} is the input itself; name another output (-o, out=)")
+    try:
+        if out.is_dir():
+            raise CheckpointError(f"cannot write {out}: it is a folder; name a file in it")
+        if out.suffix != ".safetensors":
+            raise CheckpointError(
+                f"cannot write {out}: revwire writes safetensors files, name it *.safetensors"
+            )
+        if not out.parent.is_dir():
+            raise CheckpointError(f"cannot write {out}: the folder {out.parent} does not exist")
+        if source is not None and out.exists() and out.samefile(source):
+            raise CheckpointError(f"{out} is the input itself; name another output (-o, out=)")
+    except (OSError, ValueError) as error:  # such as a folder we may not look into
+        raise CheckpointError(f"cannot write {out}: {error}") from error
 
 
 def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -57,7 +62,7 @@ def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     try:
         # A folder of its own beside `out`: on the same disk, so that the last move is one step, and removed
         # whatever happens, a keyboard interrupt included.
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem[:50]}-") as folder:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".revwire-") as folder:
             part = Path(folder) / out.name
             save_file(plain, part, metadata=dict(metadata))
             with part.open("rb+") as file:
@@ -66,7 +71,7 @@ def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
             usual.touch()
             shutil.copymode(usual, part)
             part.replace(out)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
 
 

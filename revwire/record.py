@@ -1,0 +1,319 @@
+"""Runs a model, or one frame of it, on fake tensors and records every frame.
+
+Every frame traces itself when its turn comes (`revwire.trace`), and the values that flow between frames tell
+afterwards which residual follows which (`revwire.probe`). Nothing of the model changes: parameters and buffers are
+fake stand-ins, hooks do not fire, attributes and random states are put back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import sys
+import threading
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from revwire._torch import FakeTensorMode, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from revwire.rearrange import is_rearrangement
+from revwire.trace import (
+    TENSOR,
+    Frame,
+    FrameTracer,
+    Identity,
+    TraceFailure,
+    ValueProxy,
+    identity,
+    original_forward,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Recorder:
+    """Runs a model, or one frame of it, once on example values, and records every frame.
+
+    Use as a context manager: inside, modules called through `nn.Module.__call__` trace themselves (without their
+    hooks), parameters and buffers are fake stand-ins, and random state is left as it was.
+    """
+
+    def __init__(self, root: nn.Module, *, nested: bool = True) -> None:
+        self.root = root
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.frames: list[Frame] = []
+        self.origins: dict[Identity, Identity] = {}
+        self.tracing: FrameTracer | None = None
+        self.order = itertools.count()
+        self._nested = nested
+        self._calling: Frame | None = None
+        self._caller: fx.Node | None = None
+        self._alive: list[Any] = []
+        self._names = {id(m): name for name, m in root.named_modules()}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Fake parameters, patched calls and saved random state, for the length of the block."""
+        with ExitStack() as stack:
+            stack.enter_context(_random_kept())
+            stack.enter_context(_attributes_kept(self.root))
+            self._stand_in_fakes()
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.fake)
+            stack.enter_context(_patched_modules(self))
+            stack.enter_context(_patched_functions(self))
+            stack.enter_context(_Functions(self))
+            yield
+
+    def _stand_in_fakes(self) -> None:
+        for module in self.root.modules():
+            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in stores:
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[key] = self.fake.from_tensor(tensor)
+
+    def example(self, tree: Any) -> Any:
+        """`tree` with its tensors replaced by fake ones of the same shape, dtype, device and strides."""
+        return tree_map(lambda t: self.fake.from_tensor(t.detach()) if isinstance(t, Tensor) else t, tree)
+
+    def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`function` on example values; remembers which results are mere rearrangements of which."""
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        before = None if source is None else identity(source)
+        outer, self.tracing = self.tracing, None
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.tracing = outer
+        if isinstance(result, Tensor):
+            self._alive.append(result)
+            if before and result is not source and is_rearrangement(function, args, kwargs):
+                self.origins[identity(result)] = before
+        return result
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `nn.Module.__call__` becomes while recording."""
+        tracer = self.tracing
+        if tracer is None:
+            return self._run(module, args, kwargs, None)
+        if (path := tracer.paths.get(id(module))) is None:
+            raise TraceFailure(f"calls a {type(module).__name__} that is no child of it")
+        stale = tracer.reads_stale(args, kwargs)
+        values, named = tracer.unwrap((args, kwargs))
+        proxy = tracer.record("call_module", path, args, kwargs, None, stale=stale)
+        result = self._run(module, values, named, proxy.node)
+        proxy.node.meta.update(value=result, version=result._version if isinstance(result, Tensor) else 0)
+        return proxy
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
+        outer = self.tracing, self._calling, self._caller
+        drawn = _python_random()
+        frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
+        self.tracing, self._calling = None, frame
+        try:
+            if not self._nested or _is_plain(module):
+                return original_forward(module)(*args, **kwargs)
+            mark = len(self.frames)
+            self.frames.append(frame)
+            try:
+                return self.trace(frame, args, kwargs)
+            except TraceFailure as failure:
+                frame.failure, frame.graph = str(failure), None
+            except Exception as error:  # noqa: BLE001 - proxies meet code that only takes real tensors
+                frame.failure, frame.graph = (
+                    f"cannot be traced: {type(error).__name__}: {_first_line(error)}",
+                    None,
+                )
+            del self.frames[mark + 1 :]
+            self.tracing = None
+            return original_forward(module)(*args, **kwargs)
+        finally:
+            self.tracing, self._calling, self._caller = outer
+            self._drawn_by_children = drawn != _python_random()
+
+    def trace(self, frame: Frame, args: Any, kwargs: Any) -> Any:
+        """Trace one frame on example values; fills `frame` and returns the frame's value.
+
+        Raises:
+            TraceFailure: the frame does something a graph would not reproduce.
+        """
+        module = frame.module
+        tracer = FrameTracer(self, frame)
+        leaves, frame.spec = tree_flatten((args, kwargs))
+        frame.constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        frame.arguments = _argument_names(module, args, kwargs)
+        frame.guards.training = _reads_training(type(module))
+        inputs = [
+            tracer.record("placeholder", f"input_{i}", (), {}, leaf) if isinstance(leaf, Tensor) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        args, kwargs = tree_unflatten(inputs, frame.spec)
+        attributes, drawn = _state(module), _python_random()
+        self.tracing, self._drawn_by_children = tracer, False
+        try:
+            output = original_forward(module)(*args, **kwargs)
+        finally:
+            self.tracing = None
+            now = _state(module)
+            changed = sorted(key for key, value in now.items() if attributes.get(key, now) is not value)
+        if changed:
+            raise TraceFailure(
+                f"stores a value on the module in forward: {', '.join(key for _, key in changed)}"
+            )
+        if drawn != _python_random() and not self._drawn_by_children:
+            raise TraceFailure("draws Python random numbers to decide what to run")
+        tracer.graph.output(tracer.create_arg(output))
+        _drop_unused_numbers(tracer.graph)
+        frame.graph = tracer.graph
+        return tracer.unwrap(output)
+
+
+class _Functions(TorchFunctionMode):
+    """Sends every torch function to the frame being traced, factory functions without tensors included."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.recorder.tracing
+        if tracer is None:
+            return self.recorder.compute(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        kind, target = (
+            ("call_method", name) if getattr(Tensor, name, None) is func else ("call_function", func)
+        )
+        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy(kind, target, args, kwargs)
+        value = self.recorder.compute(func, args, kwargs)
+        made = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        return tracer.record(kind, target, args, kwargs, value) if made else value
+
+
+@contextmanager
+def _patched_modules(recorder: Recorder) -> Iterator[None]:
+    """Module calls and reads of parameters go through `recorder`."""
+    call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, threading.get_ident()
+
+    def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return call(module, *args, **kwargs)
+        return recorder.call(module, args, kwargs)
+
+    def patched_getattr(module: nn.Module, key: str) -> Any:
+        value = getattribute(module, key)
+        if recorder.tracing is not None and isinstance(value, Tensor) and threading.get_ident() == thread:
+            return recorder.tracing.parameter(module, key, value)
+        return value
+
+    nn.Module.__call__, nn.Module.__getattr__ = patched_call, patched_getattr  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign]
+
+
+@contextmanager
+def _patched_functions(recorder: Recorder) -> Iterator[None]:
+    """A custom autograd.Function called by a frame's own code would dissolve into its forward: refuse it."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.tracing is not None:
+            raise TraceFailure(
+                f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
+            )
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(patched)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+
+
+@contextmanager
+def _attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Every module's attributes, parameters and buffers as they were, whatever a forward stores in them."""
+    kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers in kept:
+            stores: Any = (module._parameters, module._buffers, module.__dict__)
+            for target, source in zip(stores, (parameters, buffers, attributes), strict=True):
+                target.clear()
+                target.update(source)
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    state, python = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python)
+
+
+def _python_random() -> Any:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy.random.get_state()[1].tobytes() if numpy else None
+
+
+def _argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """For each leaf of `(args, kwargs)`, the parameter of `forward` that receives it."""
+    bound = inspect.signature(original_forward(module)).bind(*args, **kwargs)
+    names = {id(value): name for name, value in bound.arguments.items()}
+    for name, value in bound.arguments.items():
+        if isinstance(value, tuple | dict):
+            names.update((id(v), name) for v in (value.values() if isinstance(value, dict) else value))
+    return tuple(
+        names.get(id(top), "?") for top in (*args, *kwargs.values()) for _ in range(len(tree_leaves(top)))
+    )
+
+
+def _drop_unused_numbers(graph: fx.Graph) -> None:
+    """Erase shape arithmetic nobody uses: `B, N, C = x.shape` reads more than most code needs."""
+    for node in reversed(graph.nodes):
+        pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
+        if (
+            node.op == "call_function"
+            and pure
+            and not node.users
+            and not isinstance(node.meta["value"], Tensor)
+        ):
+            graph.erase_node(node)
+
+
+def _state(module: nn.Module) -> dict[tuple[str, str], Any]:
+    stores = {"": module.__dict__, "parameters": module._parameters, "buffers": module._buffers}
+    return {(store, key): value for store, held in stores.items() for key, value in held.items()}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own without children: an operation, nothing to look into."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+
+
+def _reads_training(cls: type) -> bool:
+    """Whether a module class's own methods mention `training`."""
+    owners = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+    codes = [f.__code__ for c in owners for f in vars(c).values() if hasattr(f, "__code__")]
+    while codes:
+        code = codes.pop()
+        if "training" in code.co_names or "training" in code.co_consts:
+            return True
+        codes.extend(c for c in code.co_consts if hasattr(c, "co_names"))
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
