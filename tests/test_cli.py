@@ -170,6 +170,8 @@ def test_errors_are_one_line_and_exit_code_1(weights, tmp_path):
     garbage.write_bytes(b"garbage" * 9)
     assert "did you mean vit_tiny_patch16_224" in fail("plan", "vit_tny_patch16_224")
     assert "No such file" in fail("plan", "nowhere.safetensors")
+    assert "is a folder" in fail("convert", ".")
+    assert "does not run" in fail("plan", weights, "--input-size", "3x33x33")
     assert "not a whole safetensors file" in fail("convert", garbage)
     assert "not a whole safetensors file" in fail("plan", garbage, "--json")
     assert "does not fit resnet18" in fail("convert", weights, "--arch", "resnet18")

@@ -150,6 +150,13 @@ def test_describe_follows_changes_made_after_building():
     assert found.model_args["img_size"] == [64, 64]
 
 
+def test_describe_goes_by_what_is_known():
+    model = unrecorded("vit_tiny_patch16_224", **SMALL)
+    model.reset_classifier(5)
+    found = timm_models.describe(model, Architecture("vit_tiny_patch16_224", SMALL))
+    assert found == Architecture("vit_tiny_patch16_224", {**SMALL, "num_classes": 5})
+
+
 def test_describe_draws_no_random_numbers():
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     before = torch.get_rng_state()
