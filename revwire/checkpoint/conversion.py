@@ -120,7 +120,7 @@ class Conversion:
         wrote = (
             f"wrote {self.out} ({decimal(self.out_bytes)}), for revwire.load" if self.out else "wrote nothing"
         )
-        yield Text(f"{read}\n{wrote}", no_wrap=True, overflow="ignore")  # paths stay in one piece
+        yield Text(f"{read}\n{wrote}", overflow="fold")
 
 
 def convert(
