@@ -58,8 +58,9 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     try:
         for module in training:
             module.training = False
+        args, kwargs = recorder.example((args, kwargs))
         with recorder.recording():
-            model(*recorder.example(args), **recorder.example(kwargs))
+            model(*args, **kwargs)
     except Exception as error:
         raise RewireError(
             f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}; "

@@ -126,10 +126,10 @@ class Program:
         """Add a variant for a new way of calling; returns why there can be none."""
         recorder = Recorder(module, nested=False)
         frame = Frame("", module)
-        stand_in = _trunk_only((args, kwargs))
+        examples = recorder.example(_trunk_only((args, kwargs)))
         try:
             with recorder.recording():
-                recorder.trace(frame, *recorder.example(stand_in))
+                recorder.trace(frame, *examples)
             self._add(module, frame)
         except TraceFailure as failure:
             return f"its forward {failure}"

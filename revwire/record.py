@@ -79,7 +79,10 @@ class Recorder:
                         tensors[key] = self.fake.from_tensor(tensor)
 
     def example(self, tree: Any) -> Any:
-        """`tree` with its tensors replaced by fake ones of the same shape, dtype, device and strides."""
+        """`tree` with its tensors replaced by fake ones of the same shape, dtype, device and strides.
+
+        Call it before `recording`: inside, a real tensor would be detached on its way through the fake mode.
+        """
         return tree_map(lambda t: self.fake.from_tensor(t.detach()) if isinstance(t, Tensor) else t, tree)
 
     def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
