@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,9 @@ def baselines(rows: Sequence[Row], case: str) -> dict[str, Row]:
 
 def compared(row: Row, bases: dict[str, Row]) -> dict[str, Row]:
     """Those of the baselines a row is compared with: all, or for a baseline those before it."""
-    names = list(bases)
-    return (
-        {name: bases[name] for name in names[: names.index(row.strategy)]} if row.strategy in names else bases
-    )
+    if row.strategy not in bases:
+        return bases
+    return dict(itertools.takewhile(lambda base: base[0] != row.strategy, bases.items()))
 
 
 def table(rows: Sequence[Row]) -> Group:
