@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from revwire.checkpoint import convert, load, save
 from revwire.coupling import Coupling, Re2TAL
 from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
@@ -25,9 +26,12 @@ __all__ = [
     "Skipped",
     "Step",
     "Streams",
+    "convert",
+    "load",
     "plan",
     "plan_of",
     "rewire",
+    "save",
     "unwire",
     "verify",
 ]

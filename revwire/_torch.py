@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
@@ -17,9 +19,6 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
@@ -29,6 +28,7 @@ __all__ = [
     "backward_pass",
     "is_traceable_wrapper_subclass",
     "keeps_graph",
+    "not_compiled",
     "register_pytree_node",
     "tree_flatten",
     "tree_leaves",
@@ -36,6 +36,14 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
 ]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Have torch.compile run `function` as it is. `torch.compiler.disable` would load all of dynamo at import."""
+    return cast("_Function", _disable_dynamo(function))
 
 
 def backward_pass() -> int:

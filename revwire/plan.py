@@ -132,7 +132,7 @@ class Plan:
         console = Console(width=110, no_color=True, force_terminal=False)
         with console.capture() as captured:
             console.print(self)
-        return captured.get().rstrip()
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape

@@ -11,10 +11,9 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from revwire._torch import TreeSpec, tree_flatten, tree_unflatten
+from revwire._torch import TreeSpec, not_compiled, tree_flatten, tree_unflatten
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.record import Recorder
 from revwire.residual import Residual, find_residuals
@@ -104,7 +103,7 @@ class Program:
         copy.__dict__.update(self.__getstate__(), _variants=list(self._variants))
         return copy
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward, rewired."""
         leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_streams)

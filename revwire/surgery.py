@@ -89,7 +89,7 @@ def rewire(
     found, fresh = _planned(model, example_inputs, kind, include, exclude)
     chosen = fresh if plan is None else _fitting(plan, fresh, found)
     if not chosen.chains:
-        raise RewireError(_nothing_to_rewire(chosen))
+        raise RewireError(nothing_to_rewire(chosen))
     apply_plan(model, chosen, found, Options(kind))
     return model
 
@@ -193,7 +193,8 @@ def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
     return wanted
 
 
-def _nothing_to_rewire(empty: Plan) -> str:
+def nothing_to_rewire(empty: Plan) -> str:
+    """The words for a plan without chains: the first reasons it gives."""
     reasons = "; ".join(f"{s.module or '(model)'}: {s.reason}" for s in empty.skipped[:3])
     more = (
         f" (and {len(empty.skipped) - 3} more: print(revwire.plan(model)))" if len(empty.skipped) > 3 else ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from revwire._torch import tree_leaves, tree_map
 from revwire.coupling import Coupling, Original, coupling_of
+from revwire.errors import RewireError
 from revwire.memory.measure import LiveBytes, mean_square
 from revwire.probe import Probe, probe
 from revwire.program import Options
@@ -25,6 +26,7 @@ from revwire.surgery import (
     apply_plan,
     call_arguments,
     choose_plan,
+    nothing_to_rewire,
     options_of,
     plan_of,
     unwire,
@@ -136,6 +138,8 @@ def verify(
     args, kwargs = _noisy(_cast((args, kwargs), next((p.dtype for p in pristine.parameters()), None)))
     found = probe(pristine, args, kwargs)
     chosen = wanted or choose_plan(found, kind, include, exclude)
+    if not chosen.chains:
+        raise RewireError(nothing_to_rewire(chosen))
     with _random_state_kept():
         _make_branches_count(pristine)
         run = _Runs(pristine, found, chosen, kind, args, kwargs)
