@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch._compile import _disable_dynamo
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     TreeSpec,
@@ -20,6 +20,7 @@ from torch.utils._pytree import (
 )
 
 __all__ = [
+    "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from revwire._torch import DataDependentOutputException
 from revwire.errors import RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
 from revwire.record import Recorder
@@ -48,19 +49,20 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     """Run `model` once on fake tensors and find all residual additions.
 
     Runs in eval mode, so that layers dropped at random while training are seen; the model keeps its mode, parameters,
-    buffers, attributes and random state, and no memory is taken for activations.
+    buffers, attributes and random state, and no memory is taken for activations. Only a model whose code decides by
+    the numbers in a tensor is run once for real.
 
     Raises:
         RewireError: the model does not run on these inputs.
     """
-    recorder = Recorder(model)
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        args, kwargs = recorder.example((args, kwargs))
-        with recorder.recording():
-            model(*args, **kwargs)
+        try:
+            recorder = _recorded(model, args, kwargs, real=False)
+        except DataDependentOutputException:
+            recorder = _recorded(model, args, kwargs, real=True)
     except Exception as error:
         raise RewireError(
             f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}; "
@@ -78,6 +80,14 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
             notes.extend((frame.path, reason) for reason in reasons)
     residuals.sort(key=lambda r: r.total.meta["order"])
     return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins)
+
+
+def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, real: bool) -> Recorder:
+    recorder = Recorder(model, real=real)
+    args, kwargs = recorder.example((args, kwargs))
+    with recorder.recording():
+        model(*args, **kwargs)
+    return recorder
 
 
 def make_plan(

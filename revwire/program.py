@@ -154,7 +154,7 @@ class Program:
                 rewritten_forward(frame, steps),
                 frame.spec,
                 frame.constants,
-                module.training if frame.guards.training else None,
+                frame.guards.training,
                 {key: _properties(key, leaves) for key in sorted(frame.guards.properties)},
             )
         )

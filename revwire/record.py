@@ -41,11 +41,16 @@ class Recorder:
 
     Use as a context manager: inside, modules called through `nn.Module.__call__` trace themselves (without their
     hooks), parameters and buffers are fake stand-ins, and random state is left as it was.
+
+    Args:
+        root: The model, or the one module.
+        nested: Trace the frames of children too.
+        real: Run on real tensors, for a model that decides by the numbers in them.
     """
 
-    def __init__(self, root: nn.Module, *, nested: bool = True) -> None:
+    def __init__(self, root: nn.Module, *, nested: bool = True, real: bool = False) -> None:
         self.root = root
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self.frames: list[Frame] = []
         self.origins: dict[Identity, Identity] = {}
         self.tracing: FrameTracer | None = None
@@ -64,7 +69,8 @@ class Recorder:
             stack.enter_context(_attributes_kept(self.root))
             self._stand_in_fakes()
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(self.fake)
+            if self.fake is not None:
+                stack.enter_context(self.fake)
             stack.enter_context(_patched_modules(self))
             stack.enter_context(_patched_functions(self))
             stack.enter_context(_Functions(self))
@@ -76,14 +82,20 @@ class Recorder:
             for tensors in stores:
                 for key, tensor in tensors.items():
                     if tensor is not None:
-                        tensors[key] = self.fake.from_tensor(tensor)
+                        tensors[key] = self._stand_in(tensor)
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        if self.fake is not None:
+            return self.fake.from_tensor(tensor)
+        return nn.Parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
     def example(self, tree: Any) -> Any:
-        """`tree` with its tensors replaced by fake ones of the same shape, dtype, device and strides.
+        """`tree` with its tensors replaced by fake ones (or, `real`, by copies) of the same shape, dtype, device
+        and strides.
 
         Call it before `recording`: inside, a real tensor would be detached on its way through the fake mode.
         """
-        return tree_map(lambda t: self.fake.from_tensor(t.detach()) if isinstance(t, Tensor) else t, tree)
+        return tree_map(lambda t: self._stand_in(t.detach()) if isinstance(t, Tensor) else t, tree)
 
     def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`function` on example values; remembers which results are mere rearrangements of which."""
@@ -151,7 +163,7 @@ class Recorder:
         leaves, frame.spec = tree_flatten((args, kwargs))
         frame.constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         frame.arguments = _argument_names(module, args, kwargs)
-        frame.guards.training = _reads_training(type(module))
+        frame.guards.training = module.training if _reads_training(type(module)) else None
         inputs = [
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if isinstance(leaf, Tensor) else leaf
             for i, leaf in enumerate(leaves)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from revwire._torch import tree_leaves
 from revwire.trace import Frame, Identity, original_forward
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
         source = _seen_through(frame, term)
         others = [t for t in terms if t is not term]
         shapes_agree = all(_broadcasts_into(o, source) for o in others)
-        if shapes_agree and all(o is not source and source in _ancestors([o]) for o in others):
+        if shapes_agree and _dependents(source).issuperset(others):
             return source
     return None
 
@@ -180,16 +181,26 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """Nodes that depend on `skip` and that `ends` are or depend on, in graph order."""
-    after: set[fx.Node] = set()
-    waiting = list(skip.users)
-    while waiting:
-        if (node := waiting.pop()) not in after:
-            after.add(node)
-            waiting.extend(node.users)
+    """Nodes that depend on the values of `skip` and that `ends` are or depend on, in graph order."""
+    after = _dependents(skip)
     inside = after & (_ancestors(ends) | set(ends))
     inside |= {n for n in after if n.target is _ASSERT and inside.intersection(n.all_input_nodes)}
     return tuple(n for n in skip.graph.nodes if n in inside)
+
+
+def _dependents(source: fx.Node) -> set[fx.Node]:
+    """Nodes computed from the values of `source`; what only reads its shape is not among them."""
+    seen: set[fx.Node] = set()
+    waiting = [user for user in source.users if _carries_values(user)]
+    while waiting:
+        if (node := waiting.pop()) not in seen:
+            seen.add(node)
+            waiting.extend(node.users)
+    return seen
+
+
+def _carries_values(node: fx.Node) -> bool:
+    return node.target is _ASSERT or any(isinstance(v, Tensor) for v in tree_leaves(node.meta.get("value")))
 
 
 def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str | None:
@@ -201,7 +212,7 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
     ]
     for term in terms:
         others = [t for t in terms if t is not term]
-        if all(_seen_through(frame, term) in _ancestors([o]) for o in others):
+        if _dependents(_seen_through(frame, term)).issuperset(others):
             shapes = " and ".join("x".join(map(str, t.meta["value"].shape)) for t in (term, *others))
             return f"the sum at {total.meta['line']} adds tensors of different shapes ({shapes})"
     if shared and any(t.op == "call_module" for t in terms):

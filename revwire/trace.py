@@ -70,11 +70,11 @@ class Guards:
 
     Attributes:
         properties: Of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
-        training: Whether the frame's own code can see `self.training`.
+        training: The mode it was traced in, if the frame's own code can see `self.training`; else None.
     """
 
     properties: set[str] = field(default_factory=set)
-    training: bool = False
+    training: bool | None = None
 
 
 @dataclass
