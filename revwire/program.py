@@ -80,19 +80,16 @@ class Program:
     """The rewritten forwards of one module.
 
     Args:
-        module: The module; its class is about to be replaced by one that runs this program.
-        frame: Its frame as planned.
+        frame: The module's frame as planned.
         planned: The frame's residuals that are steps, by their index in the frame.
         options: How steps run.
     """
 
-    def __init__(
-        self, module: nn.Module, frame: Frame, planned: dict[int, Planned], options: Options
-    ) -> None:
+    def __init__(self, frame: Frame, planned: dict[int, Planned], options: Options) -> None:
         self.planned, self.options = planned, options
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, bool]] = []
-        self._add(module, frame)
+        self._add(frame)
 
     def __getstate__(self) -> dict[str, Any]:
         # generated code is made again where the program is loaded, at the first call
@@ -129,14 +126,14 @@ class Program:
         try:
             with recorder.recording():
                 recorder.trace(frame, *examples)
-            self._add(module, frame)
+            self._add(frame)
         except TraceFailure as failure:
             return f"its forward {failure}"
         except Exception as error:  # noqa: BLE001 - code that only takes real tensors
             return f"its forward cannot be traced: {type(error).__name__}: {error}"
         return None
 
-    def _add(self, module: nn.Module, frame: Frame) -> None:
+    def _add(self, frame: Frame) -> None:
         residuals, _ = find_residuals(frame)
         steps: dict[Residual, Callable[..., Any]] = {}
         for residual in residuals:

@@ -90,8 +90,7 @@ class Recorder:
         return nn.Parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
     def example(self, tree: Any) -> Any:
-        """`tree` with its tensors replaced by fake ones (or, `real`, by copies) of the same shape, dtype, device
-        and strides.
+        """`tree` with fake tensors like its own (or, `real`, copies of them) in their place.
 
         Call it before `recording`: inside, a real tensor would be detached on its way through the fake mode.
         """

@@ -219,7 +219,7 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
     programs: dict[str, Program] = {}
     for path, steps in wanted.items():
         try:
-            programs[path] = Program(frames[path].module, frames[path], steps, options)
+            programs[path] = Program(frames[path], steps, options)
         except TraceFailure as failure:
             raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
     for path, program in programs.items():

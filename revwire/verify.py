@@ -237,7 +237,7 @@ class _Runs:
         torch.manual_seed(2)
         mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return _Step(gradients, dict(model.named_buffers()), torch.get_rng_state())
+        return _Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs))
 
     def memory(self) -> Check:
         """Invariant 4: bytes held do not grow from step to step of a chain."""
@@ -348,6 +348,14 @@ def _worst_gradient(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tupl
     }
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return errors[worst], worst
+
+
+def _random_state(*inputs: Any) -> Tensor:
+    """The states of the CPU's generator and of those of the devices that the inputs are on."""
+    leaves = tree_leaves(inputs)
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"}
+    states = [torch.get_device_module(d).get_rng_state(d) for d in sorted(devices, key=str)]
+    return torch.cat([torch.get_rng_state(), *states])
 
 
 @contextmanager

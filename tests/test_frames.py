@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as F
 
 import revwire
 from revwire import ReplayError
@@ -196,16 +196,13 @@ def test_other_shapes_and_signatures_are_traced_again():
     model = revwire.rewire(Net().double(), inputs())
     for rows, gain in ((3, None), (5, None), (3, 2.0), (5, torch.tensor(0.5, dtype=torch.float64)), (3, 3.0)):
         x = inputs(rows, WIDTH)
-        branches = [
-            (
-                lambda v, b=b: (lambda o: o.tanh() if rows > 4 else o)(
-                    b.body(v) * (1.0 if gain is None else gain)
-                )
-            )
-            for b in model.blocks
-        ]
-        x1 = x + branches[0](x)
-        torch.testing.assert_close(model(x, gain), (x1 + x + branches[1](x1)) / 2)
+
+        def branch(v, block, rows=rows, gain=1.0 if gain is None else gain):
+            out = block.body(v) * gain
+            return out.tanh() if rows > 4 else out
+
+        x1 = x + branch(x, model.blocks[0])
+        torch.testing.assert_close(model(x, gain), (x1 + x + branch(x1, model.blocks[1])) / 2)
 
 
 def test_a_call_that_cannot_be_traced_runs_the_original_and_says_so_once():
@@ -242,17 +239,6 @@ def test_a_call_that_cannot_be_traced_runs_the_original_and_says_so_once():
         model(x, True)
 
 
-REFUSED = {
-    "changes a tensor in place": lambda self, x: x + self.body(x.mul_(2)),
-    "stores a value on the module": lambda self, x: x + setattr_and_return(self, self.body(x)),
-    "under a context of its own": lambda self, x: x + without_grad(self.body, x),
-    "draws Python random numbers": lambda self, x: x + self.body(x) * random.random(),
-    "decides by the numbers in a tensor": lambda self, x: x + self.body(x) if x.sum() > 0 else x,
-    "autograd.Function": lambda self, x: x + Doubled.apply(self.body(x)),
-    "shares an inner value of its branch": lambda self, x: leaky(self, x),
-}
-
-
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -276,6 +262,17 @@ def without_grad(body, x):
 def leaky(module, x):
     hidden = module.body(x)
     return (x + hidden.tanh()) * hidden.sigmoid()
+
+
+REFUSED = {
+    "changes a tensor in place": lambda self, x: x + self.body(x.mul_(2)),
+    "stores a value on the module": lambda self, x: x + setattr_and_return(self, self.body(x)),
+    "under a context of its own": lambda self, x: x + without_grad(self.body, x),
+    "draws Python random numbers": lambda self, x: x + self.body(x) * random.random(),
+    "decides by the numbers in a tensor": lambda self, x: x + self.body(x) if x.sum() > 0 else x,
+    "autograd.Function": lambda self, x: x + Doubled.apply(self.body(x)),
+    "shares an inner value of its branch": leaky,
+}
 
 
 @pytest.mark.parametrize("reason", REFUSED)
