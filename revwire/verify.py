@@ -188,7 +188,7 @@ class _Runs:
         """Invariant 1: the same keys and the very same tensors."""
         before, after = self._before, _storages(self.pristine)
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-        return Check("state_dict: keys and storages changed", len(changed), 0, ", ".join(changed[:3]))
+        return Check("state_dict, changed", len(changed), 0, ", ".join(changed[:3]))
 
     def decomposition(self, *, training: bool) -> Check:
         """Invariant 2: the rewritten code with the plain recurrence is the original network."""
@@ -202,8 +202,12 @@ class _Runs:
             with torch.no_grad():
                 outputs.append(_floats(model(*args, **kwargs)))
         figure = max((_difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
-        how = "relative, float64 (parallel branches)" if self.parallel else "largest difference"
-        name = f"decomposition against the original forward, {'train' if training else 'eval'}"
+        how = (
+            "relative, in float64 (parallel branches)"
+            if self.parallel
+            else "largest difference to the original"
+        )
+        name = f"decomposition, {'train' if training else 'eval'}"
         return Check(name, figure, DECOMPOSITION_BOUND_FLOAT64 if self.parallel else 0, how)
 
     def gradients(self, *, training: bool) -> Iterator[Check]:
@@ -212,23 +216,21 @@ class _Runs:
         exact = self._step(torch.float64, replay=False, training=training)
         found = self._step(torch.float64, replay=True, training=training)
         worst, where = _worst_gradient(exact.gradients, found.gradients)
-        yield Check(
-            f"gradients against plain autograd, {mode}, float64", worst, GRADIENT_BOUND_FLOAT64, where
-        )
+        yield Check(f"gradients, {mode}, float64", worst, GRADIENT_BOUND_FLOAT64, where)
         plain = self._step(None, replay=False, training=training)
         found = self._step(None, replay=True, training=training)
         # no float32 run can be asked to agree more closely with plain float32 than that agrees with the truth
         rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
         worst, where = _worst_gradient(plain.gradients, found.gradients)
-        where += f"; plain float32 itself is {rounding:.1e} from float64"
+        where += f"; plain autograd itself is {rounding:.1e} off"
         bound = max(GRADIENT_BOUND, rounding)
-        yield Check(f"gradients against plain autograd, {mode}, float32", worst, bound, where)
+        yield Check(f"gradients, {mode}, float32", worst, bound, where)
         if training:
             moved = [
                 name for name, buffer in plain.buffers.items() if not torch.equal(buffer, found.buffers[name])
             ]
             differing = moved + ([] if torch.equal(plain.random, found.random) else ["(random state)"])
-            name = "buffers and random state that differ after a step"
+            name = "buffers, random state"
             yield Check(name, len(differing), 0, ", ".join(differing[:3]))
 
     def _step(self, dtype: torch.dtype | None, *, replay: bool, training: bool) -> _Step:
@@ -264,9 +266,9 @@ class _Runs:
                 if growth >= worst:
                     worst, where = (
                         growth,
-                        f"{chain.name}: {inner[0]} bytes after three modules, {inner[-1]} before the last",
+                        f"{chain.name}: {inner[0]} bytes, later {inner[-1]}",
                     )
-        return Check("bytes held for each further step, in trunks", worst, HELD_BOUND, where)
+        return Check("trunks held a step", worst, HELD_BOUND, where)
 
     def way_back(self) -> Check:
         """Invariant 5: unwiring gives the same classes and bit-identical outputs."""
@@ -278,7 +280,7 @@ class _Runs:
             with torch.no_grad():
                 outputs.append(_floats(model(*self.args, **self.kwargs)))
         differing = sum(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
-        return Check("unwired: classes and outputs that differ", sum(classes) + differing, 0)
+        return Check("unwired, differing", sum(classes) + differing, 0)
 
 
 def _pristine(model: nn.Module, coupling: str | Coupling) -> tuple[nn.Module, Plan | None, Coupling]:
