@@ -161,7 +161,7 @@ class Program:
         # reads the options from the module it runs for: deep copies share this code, not their options
         def run(module: nn.Module, trunk: Any, *sides: Any) -> Any:
             options = module.__dict__[PROGRAM].options
-            return run_step(module, planned, code, options, trunk, tuple(as_tensor(s) for s in sides))
+            return run_step(module, planned, code, options, trunk, settle(sides))
 
         run.__name__ = run.__qualname__ = "step"
         return run

@@ -206,8 +206,8 @@ def as_tensor(value: Any) -> Any:
 
 
 def settle(tree: Any) -> Any:
-    """A structure with every `Streams` in it replaced by its merged tensor."""
-    return tree_map(as_tensor, tree, is_leaf=_is_streams)
+    """A structure with every `Streams` in it replaced by its merged tensor; the same object where there is none."""
+    return tree_map(as_tensor, tree, is_leaf=_is_streams) if _streams(tree) else tree
 
 
 def _flatten(streams: Streams) -> tuple[list[Tensor], tuple[Any, ...]]:

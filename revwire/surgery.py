@@ -100,7 +100,7 @@ def unwire(model: nn.Module) -> nn.Module:
     Raises:
         RewireError: the model is not rewired.
     """
-    if plan_of(model) is None:
+    if not any(hasattr(type(module), "revwire_original") for module in model.modules()):
         raise RewireError(f"{type(model).__name__} is not rewired, so there is nothing to undo")
     for module in model.modules():
         if (original := getattr(type(module), "revwire_original", None)) is not None:
@@ -218,6 +218,11 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program] = {}
     for path, steps in wanted.items():
+        if "forward" in frames[path].module.__dict__:
+            raise RewireError(
+                f"{path or '(model)'}: its forward was replaced on the object itself, which hides its class's; "
+                "rewire before whatever replaced it, or exclude the module"
+            )
         try:
             programs[path] = Program(frames[path], steps, options)
         except TraceFailure as failure:

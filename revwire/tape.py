@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revwire._torch import at_end_of_backward, backward_pass, keeps_graph
+from revwire._torch import at_end_of_backward, backward_pass, keeps_graph, tree_leaves, tree_map
 from revwire.errors import ReplayError
 from revwire.replay import Conditions, observe
 
@@ -116,6 +116,7 @@ class Link:
     """
 
     __slots__ = (
+        "_side_versions",
         "_tickets",
         "_wants_grad",
         "bottom",
@@ -151,6 +152,7 @@ class Link:
         self.strides: tuple[int, ...] = ()
         self._tickets: list[tuple[weakref.ref[Ticket], torch.Size, torch.dtype]] = []
         self._wants_grad = False
+        self._side_versions: list[int] = []
 
     @property
     def silent(self) -> bool:
@@ -160,7 +162,8 @@ class Link:
     def run(self, x: Tensor, sides: tuple[Any, ...]) -> Tensor:
         """The branch in forward: its output with grad, its saved tensors dropped."""
         self._wants_grad, self.strides = x.requires_grad, x.stride()
-        self.sides = tuple(_without_history(s) for s in sides)
+        self.sides = _without_history(sides)
+        self._side_versions = _versions(sides)
         version = x._version
         seen = observe(self.branch.modules, self.branch.own, x.device)
         with seen as self.conditions, saved_tensors_hooks(self._drop, _redeem):
@@ -203,6 +206,11 @@ class Link:
 
     def replay(self, now: Pass, *, keep: bool) -> None:
         """Run the branch once more and reconstruct the pair below; `keep` what it saves for the tickets."""
+        if _versions(self.sides) != self._side_versions:
+            raise ReplayError(
+                f"{self.branch.name}: what the branch reads beside the trunk (a mask, a table) was changed in place "
+                "between forward and backward, so it cannot be run again as it ran; use the out-of-place form"
+            )
         current, following = self._take(now, keep=keep)
         x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
         saved: dict[int, Tensor] = {}
@@ -241,7 +249,7 @@ class Link:
                 raise _Done
             return None
 
-        sides = tuple(_without_history(s) for s in self.sides)
+        sides = _without_history(self.sides)
         try:
             with saved_tensors_hooks(collect, _no_backward):
                 out = self.branch.function(x, *sides)
@@ -286,8 +294,15 @@ def _no_backward(_: object) -> Tensor:
     raise ReplayError("a branch runs a backward pass of its own inside forward, which cannot be run again")
 
 
-def _without_history(side: Any) -> Any:
-    return side.detach().requires_grad_(side.requires_grad) if isinstance(side, Tensor) else side
+def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:
+    def detached(leaf: Any) -> Any:
+        return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+    return tuple(detached(s) if isinstance(s, Tensor) else tree_map(detached, s) for s in sides)
+
+
+def _versions(sides: tuple[Any, ...]) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(sides) if isinstance(leaf, Tensor)]
 
 
 def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -390,3 +390,33 @@ def test_a_block_called_several_times():
             return self.block(self.block(self.block(x)))
 
     agrees(Net, inputs(), steps=3)
+
+
+def test_dropout_between_blocks_leaves_the_chain_in_the_plan_as_when_it_runs():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    model = nn.Sequential(Block(), Block(), nn.Dropout(0.5), Block(), Block(), nn.Identity(), Block())
+    plan = revwire.plan(model, torch.zeros(3, WIDTH))
+    assert [[step.module for step in chain.steps] for chain in plan.chains] == [["0", "1"], ["3", "4", "6"]]
+
+
+def test_a_forward_replaced_on_the_object_is_named():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    model = nn.Sequential(Block(), Block())
+    model[1].forward = model[1].forward
+    with pytest.raises(revwire.RewireError, match="1: its forward was replaced on the object"):
+        revwire.rewire(model, torch.zeros(3, WIDTH))
+    assert not hasattr(type(model[0]), "revwire_original")

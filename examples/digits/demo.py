@@ -75,7 +75,7 @@ def finetune(
 
 
 def main(
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning the rewired model.")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning the rewired model.")] = 12,
     seed: Annotated[int, typer.Option(help="Seed of the order and the augmentation.")] = 0,
     weights: Annotated[Path, typer.Option(help="The trained model to start from.")] = train.WEIGHTS,
 ) -> None:
