@@ -48,12 +48,12 @@ class Coupling:
 
     def advance(self, previous: Tensor, current: Tensor, branch: Tensor) -> Tensor:
         """`x[i+1]` from `x[i-1]`, `x[i]` and `F_i(x[i])`."""
-        total = branch if self.c == 1 else self.c * branch
+        # streams come first: the sum takes the layout of its first operand, and a trunk keeps its layout
+        change = branch if self.c == 1 else self.c * branch
         if self.b:
-            total = total + (current if self.b == 1 else self.b * current)
-        if self.a:
-            total = total + (previous if self.a == 1 else self.a * previous)
-        return total
+            current = current if self.b == 1 else self.b * current
+            change = current + change
+        return change if not self.a else (previous if self.a == 1 else self.a * previous) + change
 
     def retreat(self, following: Tensor, current: Tensor, branch: Tensor) -> Tensor:
         """`x[i-1]` from `x[i+1]`, `x[i]` and `F_i(x[i])`: the inverse of `advance`."""

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from revwire.errors import ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 @dataclass(slots=True)
@@ -92,33 +92,37 @@ def observe(
     conditions = Conditions(parameters=[], autocast=_autocast(device))
     before: list[tuple[Held, Tensor]] = []
     for module in (m for top in modules for m in top.modules()):
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                conditions.parameters.append(_held(module, key, parameter))
-        if not module._buffers:
-            continue
-        if isinstance(module, _NormBase) and module.training:
+        conditions.parameters.extend(
+            _held(module, k, p) for k, p in module._parameters.items() if p is not None
+        )
+        if module._buffers and isinstance(module, _NormBase) and module.training:
             conditions.scratch.append(module)
-        else:
-            before.extend(_buffers(module))
+        elif module._buffers:
+            before.extend(_copied(module, module._buffers))
     for module, key in own:
         if (parameter := module._parameters.get(key)) is not None:
             conditions.parameters.append(_held(module, key, parameter))
+        before.extend(_copied(module, module._buffers.keys() & {key}))
     states = [RandomState.now(get, put) for get, put in _generators(device)]
     yield conditions
     conditions.random = [state for state in states if state.moved()]
     for held, copy in before:
-        now = held.module._buffers.get(held.key)
-        if isinstance(held.module, _NormBase) or now is not held.tensor or now._version != held.version:
+        if _moves(held):
             conditions.loans.append((held.module, held.key, copy))
         else:
             conditions.buffers.append(held)
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[Held, Tensor]]:
-    for key, buffer in module._buffers.items():
-        if buffer is not None:
+def _copied(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[Held, Tensor]]:
+    for key in keys:
+        if (buffer := module._buffers[key]) is not None:
             yield _held(module, key, buffer), buffer.detach().clone()
+
+
+def _moves(held: Held) -> bool:
+    """Whether a buffer was changed since, or may be by a kernel that says nothing of it (BatchNorm's statistics)."""
+    now = held.module._buffers.get(held.key)
+    return isinstance(held.module, _NormBase) or now is not held.tensor or now._version != held.version
 
 
 def _held(module: nn.Module, key: str, tensor: Tensor) -> Held:

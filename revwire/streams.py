@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from revwire.coupling import Coupling
 
 
+# what either stream answers as the merged tensor would, without making it
+_ALIKE = (
+    {"dim", "numel", "nelement", "element_size", "stride", "get_device", "layout"}
+    | {"is_contiguous", "is_floating_point", "is_complex", "is_sparse", "is_nested", "is_quantized"}
+    | {"is_cuda", "is_cpu", "is_mps"}
+)
+_COPYING = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
+
+
 class Streams:
     """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
 
@@ -109,7 +118,9 @@ class Streams:
         alone = args and args[0] is self and not _streams((args[1:], kwargs))
         if alone and not self._left and is_rearrangement(function, args, kwargs):
             undo = inverse(function, self.current.shape, args[1:], kwargs)
-            both = [function(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
+            # the streams need not have the strides of the trunk that the code was written for
+            free = _COPYING.get(function, function)
+            both = [free(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
             return Streams(both[0], both[1], self.coupling, self.dtype, self._link, (undo, *self._undo))
         merged = [(s, s.tensor()) for s in _streams((args, kwargs))]
         versions = [_version(t) for _, t in merged]
@@ -152,6 +163,8 @@ class Streams:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in _ALIKE:
+            return getattr(self.current, name)
         attribute = getattr(Tensor, name, None)
         if attribute is not None and callable(attribute):
             return lambda *args, **kwargs: self._call(attribute, (self, *args), kwargs)
