@@ -67,7 +67,7 @@ def timm_case(
         RevwireError: timm has no such model, or the batch size is no number.
     """
     name, _, own_batch = spec.partition("@")
-    if own_batch and not own_batch.isdecimal():
+    if own_batch and not (own_batch.isdecimal() and int(own_batch)):
         raise RevwireError(f"the batch size after @ has to be a whole number, found {spec!r}")
     count = int(own_batch) if own_batch else batch
     torch.manual_seed(seed)

@@ -33,13 +33,15 @@ def origin(module: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores, threads torch uses, and the GPU if there is one."""
+    """CPU model, cores, threads torch uses, the GPU if there is one, and how busy the cores were of late."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),
+        # of the last minute, when the run is over: well above `threads`, others used the cores; doubt the seconds
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 

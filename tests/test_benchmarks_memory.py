@@ -134,7 +134,7 @@ def test_files_hold_figures_and_origin(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert read["command"].startswith("python -m benchmarks.memory")
     assert set(read["versions"]) == {"python", "torch", "timm", "revwire"}
-    assert {"cpu", "cores", "threads", "gpu"} <= set(read["machine"])
+    assert {"cpu", "cores", "threads", "gpu", "load"} <= set(read["machine"])
     assert read["method"] == report.METHOD
     assert read["cases"][0] == {"case": "vit [x]", "input": [2, 3, 16, 16]}
     assert read["rows"][2]["ratio_to_checkpoint"] == {"held": 0.1, "peak": 0.25, "seconds": 1.0}
@@ -157,7 +157,12 @@ def test_drop_path_is_off_in_timm_cases():
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"), [("vit_tiny_patch16_224@x", "whole number"), ("vit_tny_patch16_224", "no model")]
+    ("spec", "message"),
+    [
+        ("vit_tiny_patch16_224@x", "whole number"),
+        ("resnet18@0", "whole number"),
+        ("vit_tny_patch16_224", "no model"),
+    ],
 )
 def test_a_wrong_model_is_told(spec, message):
     with pytest.raises(RevwireError, match=message):
