@@ -91,7 +91,8 @@ class Streams:
                 branch.name, lambda x, *rest: function(x.to(narrow), *rest), branch.modules, branch.own
             )
             link.branch = branch
-        if replay and torch.is_grad_enabled():
+        # a step without grad in the midst of a chain with grad is replayed too, on the way to the steps before it
+        if replay and (torch.is_grad_enabled() or not link.bottom):
             out = link.run(self.current, sides)
         else:
             out = branch.function(self.current, *sides)

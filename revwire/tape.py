@@ -264,7 +264,10 @@ class Link:
         if self.next is not None:
             return now.below.pop(self.next.position)
         if self.end is None:
-            raise ReplayError(f"{self.branch.name}: the end of its chain was freed by an earlier backward()")
+            raise ReplayError(
+                f"{self.branch.name}: the end of its chain was freed by an earlier backward(); "
+                "give that one retain_graph=True"
+            )
         pair, versions = self.end
         if tuple(t._version for t in pair) != versions:
             raise ReplayError(

@@ -420,3 +420,35 @@ def test_a_forward_replaced_on_the_object_is_named():
     with pytest.raises(revwire.RewireError, match="1: its forward was replaced on the object"):
         revwire.rewire(model, torch.zeros(3, WIDTH))
     assert not hasattr(type(model[0]), "revwire_original")
+
+
+def test_a_block_without_grad_in_the_midst_of_a_chain():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.body(x).tanh()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(5))
+
+        def forward(self, x):
+            for i, block in enumerate(self.blocks):
+                with torch.set_grad_enabled(i != 2):
+                    x = block(x)
+            return x
+
+    x = inputs()
+    model = revwire.rewire(Net().double(), x)
+    gradients = []
+    for replay in (False, True):
+        copy = with_options(model, Options(options_of(model).coupling, replay))
+        inner = x.clone().requires_grad_()
+        copy(inner).square().sum().backward()
+        gradients.append([inner.grad, *(p.grad for p in copy.parameters())])
+    for kept, replayed in zip(*gradients, strict=True):
+        torch.testing.assert_close(replayed, kept)
