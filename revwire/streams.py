@@ -6,12 +6,14 @@ rearrange (reshape, permute, ...), which acts on both streams and keeps the chai
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from revwire._torch import register_pytree_node, tree_leaves, tree_map
+from revwire.errors import RewireError
 from revwire.rearrange import inverse, is_rearrangement
 from revwire.tape import Branch, Link, Tape
 
@@ -30,6 +32,7 @@ _ALIKE = (
 _COPYING = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
 
 
+@dataclass(eq=False, repr=False)
 class Streams:
     """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
 
@@ -41,33 +44,20 @@ class Streams:
         current: `x[i]`, of the same shape, dtype and strides.
         coupling: The recurrence both belong to.
         dtype: What the trunk of the network as it was would have here; branches and the merged tensor get it.
+        link: The step that made them, None at the entry of a chain.
+        undo: Takes both back through the rearrangements made since that step, the last one first.
+
+    A dataclass, and a pytree node, because that is how FSDP2 finds the tensors of a module's inputs and outputs.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_left",
-        "_link",
-        "_merged",
-        "_undo",
-        "coupling",
-        "current",
-        "dtype",
-        "previous",
-    )
-
-    def __init__(
-        self,
-        previous: Tensor,
-        current: Tensor,
-        coupling: Coupling,
-        dtype: torch.dtype,
-        link: Link | None = None,
-        undo: tuple[Callable[[Tensor], Tensor], ...] = (),
-    ) -> None:
-        self.previous, self.current, self.coupling, self.dtype = previous, current, coupling, dtype
-        self._link, self._undo = link, undo
-        self._merged: Tensor | None = None
-        self._left = False
+    previous: Tensor
+    current: Tensor
+    coupling: Coupling
+    dtype: torch.dtype
+    link: Link | None = None
+    undo: tuple[Callable[[Tensor], Tensor], ...] = ()
+    _merged: Tensor | None = field(default=None, init=False)
+    _left: bool = field(default=False, init=False)
 
     @classmethod
     def enter(cls, x: Tensor, coupling: Coupling) -> Streams:
@@ -83,6 +73,11 @@ class Streams:
 
     def advance(self, branch: Branch, sides: tuple[Any, ...] = (), *, replay: bool = True) -> Streams:
         """One step of the chain: the streams after `branch`; without `replay` its saved tensors are kept."""
+        if self.current.dtype != torch.promote_types(self.current.dtype, torch.float32):
+            raise RewireError(
+                f"{branch.name}: the streams between rewired blocks were cast to {self.current.dtype}, which "
+                "loses what backward reconstructs from; with FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False)"
+            )
         link = self._continue(branch)
         wide, narrow = self.current.dtype, self.dtype
         if wide != narrow:
@@ -103,15 +98,15 @@ class Streams:
     def can_continue(self, coupling: Coupling) -> bool:
         """Whether a step may go on from here; else the chain is left, and the step starts another one."""
         return (
-            coupling == self.coupling and not self._left and not (self._link is not None and self._link.taken)
+            coupling == self.coupling and not self._left and not (self.link is not None and self.link.taken)
         )
 
     def _continue(self, branch: Branch) -> Link:
-        before = self._link
+        before = self.link
         if before is None:
             return Link(Tape(), 0, self.coupling, branch, bottom=True)
         link = Link(before.tape, before.position + 1, self.coupling, branch, bottom=before.silent)
-        link.undo = self._undo
+        link.undo = self.undo
         before.next, before.taken, before.end = link, True, None
         return link
 
@@ -122,7 +117,7 @@ class Streams:
             # the streams need not have the strides of the trunk that the code was written for
             free = _COPYING.get(function, function)
             both = [free(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
-            return Streams(both[0], both[1], self.coupling, self.dtype, self._link, (undo, *self._undo))
+            return Streams(both[0], both[1], self.coupling, self.dtype, self.link, (undo, *self.undo))
         merged = [(s, s.tensor()) for s in _streams((args, kwargs))]
         versions = [_version(t) for _, t in merged]
         args, kwargs = settle((args, kwargs))
@@ -170,12 +165,6 @@ class Streams:
         if attribute is not None and callable(attribute):
             return lambda *args, **kwargs: self._call(attribute, (self, *args), kwargs)
         return getattr(self.tensor(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in Streams.__slots__:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.tensor(), name, value)
 
     def __repr__(self) -> str:
         return f"Streams({tuple(self.shape)}, {self.dtype}, {self.coupling.name}; .tensor() is the merged tensor)"
