@@ -214,12 +214,8 @@ def settle(tree: Any) -> Any:
 
 
 def _flatten(streams: Streams) -> tuple[list[Tensor], tuple[Any, ...]]:
-    return [streams.previous, streams.current], (
-        streams.coupling,
-        streams.dtype,
-        streams._link,
-        streams._undo,
-    )
+    context = streams.coupling, streams.dtype, streams.link, streams.undo
+    return [streams.previous, streams.current], context
 
 
 def _unflatten(tensors: Any, context: tuple[Any, ...]) -> Streams:
