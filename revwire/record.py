@@ -122,16 +122,17 @@ class Recorder:
             return self._run(module, args, kwargs, None)
         if (path := tracer.paths.get(id(module))) is None:
             raise TraceFailure(f"calls a {type(module).__name__} that is no child of it")
+        _check_random(tracer)
         stale = tracer.reads_stale(args, kwargs)
         values, named = tracer.unwrap((args, kwargs))
         proxy = tracer.record("call_module", path, args, kwargs, None, stale=stale)
         result = self._run(module, values, named, proxy.node)
+        tracer.expected_random = _python_random()  # what a child draws, it draws again when it runs
         proxy.node.meta.update(value=result, version=result._version if isinstance(result, Tensor) else 0)
         return proxy
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
         outer = self.tracing, self._calling, self._caller
-        drawn = _python_random()
         frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
         self.tracing, self._calling = None, frame
         try:
@@ -153,7 +154,6 @@ class Recorder:
             return original_forward(module)(*args, **kwargs)
         finally:
             self.tracing, self._calling, self._caller = outer
-            self._drawn_by_children = drawn != _python_random()
 
     def trace(self, frame: Frame, args: Any, kwargs: Any) -> Any:
         """Trace one frame on example values; fills `frame` and returns the frame's value.
@@ -172,8 +172,9 @@ class Recorder:
             for i, leaf in enumerate(leaves)
         ]
         args, kwargs = tree_unflatten(inputs, frame.spec)
-        attributes, drawn = _state(module), _python_random()
-        self.tracing, self._drawn_by_children = tracer, False
+        attributes = _state(module)
+        tracer.expected_random = _python_random()
+        self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
         finally:
@@ -184,8 +185,7 @@ class Recorder:
             raise TraceFailure(
                 f"stores a value on the module in forward: {', '.join(key for _, key in changed)}"
             )
-        if drawn != _python_random() and not self._drawn_by_children:
-            raise TraceFailure("draws Python random numbers to decide what to run")
+        _check_random(tracer)
         tracer.graph.output(tracer.create_arg(output))
         _drop_unused_numbers(tracer.graph)
         frame.graph = tracer.graph
@@ -279,6 +279,11 @@ def _random_kept() -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
         random.setstate(python)
+
+
+def _check_random(tracer: FrameTracer) -> None:
+    if tracer.expected_random != _python_random():
+        raise TraceFailure("draws Python random numbers to decide what to run")
 
 
 def _python_random() -> Any:

@@ -37,6 +37,7 @@ class Conditions:
 
     Attributes:
         parameters: The weights of the forward; another version of one at the second run is an error.
+        modes: Whether each module was in train mode.
         buffers: Buffers the forward left alone, held to the same rule.
         loans: Buffers to stand in during the second run, as they were before the first.
         scratch: BatchNorms in training: their second run updates copies.
@@ -45,6 +46,7 @@ class Conditions:
     """
 
     parameters: list[Held]
+    modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
     buffers: list[Held] = field(default_factory=list)
     loans: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     scratch: list[nn.Module] = field(default_factory=list)
@@ -58,24 +60,31 @@ class Conditions:
         Raises:
             ReplayError: a weight or buffer was changed in place since the forward, or freed.
         """
+        for held in (*self.parameters, *self.buffers):
+            _check(held, where)
         with ExitStack() as stack:
-            for held in self.parameters:
-                _check(held, where)
-                if held.module._parameters.get(held.key) is not held.tensor:
-                    stack.enter_context(_lent(held.module._parameters, held.key, held.tensor))
-            for held in self.buffers:
-                _check(held, where)
-            for module, key, tensor in self.loans:
-                stack.enter_context(_lent(module._buffers, key, tensor.clone()))
-            for module in self.scratch:
-                for key, buffer in module._buffers.items():
-                    if buffer is not None:
-                        stack.enter_context(_lent(module._buffers, key, buffer.clone()))
+            for owner, key, value in self._loans():
+                stack.enter_context(_lent(owner, key, value))
             for state in self.random:
                 stack.enter_context(state.restored())
             for arguments in self.autocast:
                 stack.enter_context(torch.autocast(**arguments))
             yield
+
+    def _loans(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """What differs from the forward, as (where it is held, its name, what it was)."""
+        for held in self.parameters:
+            if held.module._parameters.get(held.key) is not held.tensor:
+                yield held.module._parameters, held.key, held.tensor
+        for module, training in self.modes:
+            if module.training is not training:
+                yield module.__dict__, "training", training
+        for module, key, tensor in self.loans:
+            yield module._buffers, key, tensor.clone()
+        for module in self.scratch:
+            for key, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    yield module._buffers, key, buffer.clone()
 
 
 @contextmanager
@@ -92,6 +101,7 @@ def observe(
     conditions = Conditions(parameters=[], autocast=_autocast(device))
     before: list[tuple[Held, Tensor]] = []
     for module in (m for top in modules for m in top.modules()):
+        conditions.modes.append((module, module.training))
         conditions.parameters.extend(
             _held(module, k, p) for k, p in module._parameters.items() if p is not None
         )
@@ -146,10 +156,10 @@ def _check(held: Held, where: str) -> None:
 
 
 @contextmanager
-def _lent(owner: dict[str, Any], key: str, tensor: Tensor) -> Iterator[None]:
+def _lent(owner: dict[str, Any], key: str, value: Any) -> Iterator[None]:
     missing = object()
     own = owner.get(key, missing)
-    owner[key] = tensor
+    owner[key] = value
     try:
         yield
     finally:

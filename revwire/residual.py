@@ -273,7 +273,10 @@ def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, 
 
 
 def _is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node acts on each element of `source` alone, proven by trying: it commutes with any shuffle."""
+    """Whether a node is an activation or dropout on `source`, proven by trying.
+
+    It acts on each element alone, so it commutes with any shuffle; and it does more than scale, or nothing at all.
+    """
     if (
         node.op == "output"
         or node.all_input_nodes != [source]
@@ -299,11 +302,14 @@ def _is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
     sample = torch.randn(3, 5, *(2 for _ in source.meta["value"].shape[2:]), generator=generator)
     shuffle = torch.randperm(sample.numel(), generator=generator)
     try:
-        direct = call(sample.clone()).flatten()[shuffle]
+        result = call(sample.clone())
+        direct = result.flatten()[shuffle]
         shuffled = call(sample.flatten()[shuffle].reshape(sample.shape).clone()).flatten()
+        # a scaled trunk is no activation: x + F(x) halved after each block is another network than F(x) halved
+        scales = torch.equal(call(-2 * sample), -2 * result) and not torch.equal(result, sample)
     except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no activation
         return False
-    return bool(torch.equal(direct, shuffled))
+    return bool(torch.equal(direct, shuffled)) and not scales
 
 
 @dataclass(frozen=True)

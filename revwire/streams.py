@@ -92,7 +92,8 @@ class Streams:
         else:
             out = branch.function(self.current, *sides)
         following = self.coupling.advance(self.previous, self.current, out)
-        link.finish(self.current, following)
+        if not torch.is_inference_mode_enabled():
+            link.finish(self.current, following)
         return Streams(self.current, following, self.coupling, torch.promote_types(narrow, out.dtype), link)
 
     def can_continue(self, coupling: Coupling) -> bool:

@@ -217,6 +217,7 @@ class FrameTracer(TracerBase):
         self.module_stack = {}  # type: ignore[assignment]
         self.node_name_to_scope = {}
         self.contexts = _contexts()
+        self.expected_random: Any = None
         self.paths = {id(m): name for name, m in frame.module.named_modules(remove_duplicate=True)}
 
     def proxy(self, node: fx.Node) -> ValueProxy:
