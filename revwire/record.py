@@ -57,7 +57,6 @@ class Recorder:
         self.order = itertools.count()
         self._nested = nested
         self._calling: Frame | None = None
-        self._caller: fx.Node | None = None
         self._alive: list[Any] = []
         self._names = {id(m): name for name, m in root.named_modules()}
 
@@ -132,7 +131,7 @@ class Recorder:
         return proxy
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
-        outer = self.tracing, self._calling, self._caller
+        outer = self.tracing, self._calling
         frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
         self.tracing, self._calling = None, frame
         try:
@@ -145,15 +144,13 @@ class Recorder:
             except TraceFailure as failure:
                 frame.failure, frame.graph = str(failure), None
             except Exception as error:  # noqa: BLE001 - proxies meet code that only takes real tensors
-                frame.failure, frame.graph = (
-                    f"cannot be traced: {type(error).__name__}: {_first_line(error)}",
-                    None,
-                )
+                frame.failure = f"cannot be traced: {type(error).__name__}: {_first_line(error)}"
+                frame.graph = None
             del self.frames[mark + 1 :]
             self.tracing = None
             return original_forward(module)(*args, **kwargs)
         finally:
-            self.tracing, self._calling, self._caller = outer
+            self.tracing, self._calling = outer
 
     def trace(self, frame: Frame, args: Any, kwargs: Any) -> Any:
         """Trace one frame on example values; fills `frame` and returns the frame's value.
