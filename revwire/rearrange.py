@@ -15,8 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
-
 
 def _functions(names: str) -> frozenset[Callable[..., Any]]:
     owners = (torch, Tensor)
@@ -45,7 +43,7 @@ def inverse(
     """The operation that takes `function(x, *args, **kwargs)` back to `x`, for an `x` of `shape`."""
     if function in _PERMUTING:
         # sizes that are all different make the result's shape spell out the permutation
-        distinct = torch.empty(_PRIMES[: len(shape)], device="meta")
-        order = [_PRIMES.index(size) for size in function(distinct, *args, **kwargs).shape]
+        distinct = torch.empty(tuple(range(1, len(shape) + 1)), device="meta")
+        order = [size - 1 for size in function(distinct, *args, **kwargs).shape]
         return partial(torch.permute, dims=[order.index(i) for i in range(len(order))])
     return partial(torch.reshape, shape=tuple(shape))

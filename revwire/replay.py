@@ -29,6 +29,14 @@ class Held:
     key: str
     tensor: Tensor
     version: int
+    requires_grad: bool
+
+    def again(self) -> Tensor:
+        """The tensor as it was, also if it was frozen or thawed since."""
+        if self.tensor.requires_grad is self.requires_grad:
+            return self.tensor
+        other = self.tensor.detach().requires_grad_(self.requires_grad)
+        return nn.Parameter(other, self.requires_grad) if isinstance(self.tensor, nn.Parameter) else other
 
 
 @dataclass(slots=True)
@@ -74,8 +82,15 @@ class Conditions:
     def _loans(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """What differs from the forward, as (where it is held, its name, what it was)."""
         for held in self.parameters:
-            if held.module._parameters.get(held.key) is not held.tensor:
-                yield held.module._parameters, held.key, held.tensor
+            if held.module._parameters.get(held.key) is not (tensor := held.again()):
+                yield held.module._parameters, held.key, tensor
+        for held in self.buffers:
+            tensor = held.again()
+            if held.module.training and tensor.is_floating_point():
+                # F.batch_norm moves statistics without a word to their version, in modules of any class
+                yield held.module._buffers, held.key, tensor.clone()
+            elif held.module._buffers.get(held.key) is not tensor:
+                yield held.module._buffers, held.key, tensor
         for module, training in self.modes:
             if module.training is not training:
                 yield module.__dict__, "training", training
@@ -138,7 +153,7 @@ def _moves(held: Held) -> bool:
 def _held(module: nn.Module, key: str, tensor: Tensor) -> Held:
     # a weight with a history (torch.func.functional_call) is held without it: a graph must not hold itself
     kept = tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
-    return Held(module, key, kept, tensor._version)
+    return Held(module, key, kept, tensor._version, tensor.requires_grad)
 
 
 def _check(held: Held, where: str) -> None:
