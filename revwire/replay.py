@@ -84,6 +84,12 @@ class Conditions:
         for held in self.parameters:
             if held.module._parameters.get(held.key) is not (tensor := held.again()):
                 yield held.module._parameters, held.key, tensor
+        for module, training in self.modes:
+            if module.training is not training:
+                yield module.__dict__, "training", training
+        yield from self._lent_buffers()
+
+    def _lent_buffers(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
         for held in self.buffers:
             tensor = held.again()
             if held.module.training and tensor.is_floating_point():
@@ -91,9 +97,6 @@ class Conditions:
                 yield held.module._buffers, held.key, tensor.clone()
             elif held.module._buffers.get(held.key) is not tensor:
                 yield held.module._buffers, held.key, tensor
-        for module, training in self.modes:
-            if module.training is not training:
-                yield module.__dict__, "training", training
         for module, key, tensor in self.loans:
             yield module._buffers, key, tensor.clone()
         for module in self.scratch:
