@@ -78,7 +78,7 @@ class Streams:
                 f"{branch.name}: the streams between rewired blocks were cast to {self.current.dtype}, which "
                 "loses what backward reconstructs from; with FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False)"
             )
-        link = self._continue(branch)
+        link = self._link(branch)
         wide, narrow = self.current.dtype, self.dtype
         if wide != narrow:
             function = branch.function
@@ -92,8 +92,11 @@ class Streams:
         else:
             out = branch.function(self.current, *sides)
         following = self.coupling.advance(self.previous, self.current, out)
+        # only now: a branch that raises leaves these streams as they were, for whoever catches it to go on with
+        if self.link is not None:
+            self.link.taken = True
         if not torch.is_inference_mode_enabled():
-            link.finish(self.current, following)
+            link.follow(self.link, self.current, following)
         return Streams(self.current, following, self.coupling, torch.promote_types(narrow, out.dtype), link)
 
     def can_continue(self, coupling: Coupling) -> bool:
@@ -102,13 +105,12 @@ class Streams:
             coupling == self.coupling and not self._left and not (self.link is not None and self.link.taken)
         )
 
-    def _continue(self, branch: Branch) -> Link:
+    def _link(self, branch: Branch) -> Link:
         before = self.link
         if before is None:
             return Link(Tape(), 0, self.coupling, branch, bottom=True)
         link = Link(before.tape, before.position + 1, self.coupling, branch, bottom=before.silent)
         link.undo = self.undo
-        before.next, before.taken, before.end = link, True, None
         return link
 
     def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

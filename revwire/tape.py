@@ -175,8 +175,10 @@ class Link:
             )
         return out
 
-    def finish(self, previous: Tensor, current: Tensor) -> None:
-        """Note the pair after this step; backward starts from it if no step continues."""
+    def follow(self, before: Link | None, previous: Tensor, current: Tensor) -> None:
+        """Become the end of the chain, with the pair that backward starts from, in place of `before`."""
+        if before is not None:
+            before.next, before.end = self, None
         self.end = (previous.detach(), current.detach()), (previous._version, current._version)
 
     def _drop(self, tensor: Tensor) -> Tensor | Ticket:
