@@ -18,8 +18,10 @@ from torch.utils._pytree import (
     tree_map_only,
     tree_unflatten,
 )
+from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 
 __all__ = [
+    "CheckpointFrame",
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from revwire._torch import FakeTensorMode, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from revwire._torch import (
+    CheckpointFrame,
+    FakeTensorMode,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from revwire.rearrange import is_rearrangement
 from revwire.trace import (
     TENSOR,
@@ -237,21 +244,31 @@ def _patched_modules(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _patched_functions(recorder: Recorder) -> Iterator[None]:
-    """A custom autograd.Function called by a frame's own code would dissolve into its forward: refuse it."""
-    apply = torch.autograd.Function.__dict__["apply"]
+    """What a frame's own code must not call: it cannot be recorded, and hands proxies to C++ code."""
+    apply, start = torch.autograd.Function.__dict__["apply"], CheckpointFrame.__init__
 
     def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if recorder.tracing is not None:
+            # a custom autograd.Function would dissolve into its forward
             raise TraceFailure(
                 f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
             )
         return apply.__get__(None, cls)(*args, **kwargs)
 
+    def patched_start(*args: Any, **kwargs: Any) -> None:
+        if recorder.tracing is not None:
+            raise TraceFailure(
+                "calls torch.utils.checkpoint itself; a rewired chain does without, so turn it off"
+            )
+        start(*args, **kwargs)
+
     torch.autograd.Function.apply = classmethod(patched)
+    CheckpointFrame.__init__ = patched_start  # type: ignore[method-assign]
     try:
         yield
     finally:
         torch.autograd.Function.apply = apply
+        CheckpointFrame.__init__ = start  # type: ignore[method-assign]
 
 
 @contextmanager
