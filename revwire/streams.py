@@ -6,7 +6,8 @@ rearrange (reshape, permute, ...), which acts on both streams and keeps the chai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ _ALIKE = (
     | {"is_cuda", "is_cpu", "is_mps"}
 )
 _COPYING = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
+_OF_ONE_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 
 
 @dataclass(eq=False, repr=False)
@@ -56,8 +58,12 @@ class Streams:
     dtype: torch.dtype
     link: Link | None = None
     undo: tuple[Callable[[Tensor], Tensor], ...] = ()
-    _merged: Tensor | None = field(default=None, init=False)
-    _left: bool = field(default=False, init=False)
+
+    # no fields: whoever maps the tensors of a dataclass (FSDP) makes another one of its fields
+    def __post_init__(self) -> None:
+        self._merged: Tensor | None = None
+        self._detached = False
+        self._views: list[tuple[Tensor, int]] = []
 
     @classmethod
     def enter(cls, x: Tensor, coupling: Coupling) -> Streams:
@@ -68,8 +74,36 @@ class Streams:
     def tensor(self) -> Tensor:
         """The merged tensor, made once."""
         if self._merged is None:
-            self._merged = self.coupling.leave(self.previous, self.current).to(self.dtype)
+            self._check_usable()
+            # the first use may be one without grad or in inference mode, the next one not
+            with torch.inference_mode(mode=False), torch.set_grad_enabled(self.requires_grad):
+                merged = self.coupling.leave(self.previous, self.current).to(self.dtype)
+                self._merged = merged.clone() if merged.is_inference() else merged
+            self._views.append((self._merged, self._merged._version))
         return self._merged
+
+    @property
+    def left(self) -> bool:
+        """Whether the merged tensor was changed in place: from then on it is the trunk, and the streams are history."""
+        return self._detached or any(t is self._merged and t._version != made for t, made in self._views)
+
+    def _check_usable(self) -> None:
+        """Raise where going on would be silently wrong.
+
+        Raises:
+            RewireError: the message says what to do instead.
+        """
+        if any(t is not self._merged and t._version != made for t, made in self._views):
+            raise RewireError(
+                "the trunk between two rewired blocks was changed in place through a view of it (reshape), which "
+                "its streams cannot follow; use the out-of-place form, or exclude one of the blocks"
+            )
+        if self.requires_grad and not torch.is_grad_enabled() and (name := _function_running()):
+            raise RewireError(
+                f"{name}, an autograd.Function, was given the streams that travel between rewired blocks; autograd "
+                "does not see them, so no gradient would come back: call it on x.tensor() instead of x"
+                + (", or checkpoint with use_reentrant=False" if name == "CheckpointFunction" else "")
+            )
 
     def advance(self, branch: Branch, sides: tuple[Any, ...] = (), *, replay: bool = True) -> Streams:
         """One step of the chain: the streams after `branch`; without `replay` its saved tensors are kept."""
@@ -78,6 +112,7 @@ class Streams:
                 f"{branch.name}: the streams between rewired blocks were cast to {self.current.dtype}, which "
                 "loses what backward reconstructs from; with FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False)"
             )
+        self._check_usable()
         link = self._link(branch)
         wide, narrow = self.current.dtype, self.dtype
         if wide != narrow:
@@ -101,9 +136,7 @@ class Streams:
 
     def can_continue(self, coupling: Coupling) -> bool:
         """Whether a step may go on from here; else the chain is left, and the step starts another one."""
-        return (
-            coupling == self.coupling and not self._left and not (self.link is not None and self.link.taken)
-        )
+        return coupling == self.coupling and not self.left and not (self.link is not None and self.link.taken)
 
     def _link(self, branch: Branch) -> Link:
         before = self.link
@@ -114,20 +147,24 @@ class Streams:
         return link
 
     def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self._check_usable()
         alone = args and args[0] is self and not _streams((args[1:], kwargs))
-        if alone and not self._left and is_rearrangement(function, args, kwargs):
+        if alone and not self.left and is_rearrangement(function, args, kwargs):
             undo = inverse(function, self.current.shape, args[1:], kwargs)
             # the streams need not have the strides of the trunk that the code was written for
             free = _COPYING.get(function, function)
             both = [free(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
-            return Streams(both[0], both[1], self.coupling, self.dtype, self.link, (undo, *self.undo))
-        merged = [(s, s.tensor()) for s in _streams((args, kwargs))]
-        versions = [_version(t) for _, t in merged]
+            moved = Streams(both[0], both[1], self.coupling, self.dtype, self.link, (undo, *self.undo))
+            moved._views = self._views
+            return moved
+        if function in _OF_ONE_GRADIENT and not self.left:
+            raise RewireError(
+                f"{function.__name__} on the trunk between two rewired blocks: the gradient there belongs to two "
+                "streams, not to one tensor; exclude one of the blocks, and the trunk between them is a tensor"
+            )
         args, kwargs = settle((args, kwargs))
         result = function(*args, **kwargs)
-        for (streams, tensor), version in zip(merged, versions, strict=True):
-            # changed in place: from here on the merged tensor is the trunk, and the streams are history
-            streams._left |= _version(tensor) != version
+        self._detached |= function is Tensor.detach_
         return result
 
     @classmethod
@@ -202,8 +239,19 @@ def _is_streams(value: object) -> bool:
     return isinstance(value, Streams)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _function_running() -> str:
+    """Name of the autograd.Function whose forward this code runs in, if any."""
+    names, classes = dict[Any, str](), [torch.autograd.Function]
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        names[getattr(inspect.unwrap(cls.forward), "__code__", None)] = cls.__name__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in names:
+            return names[frame.f_code]
+        frame = frame.f_back
+    return ""
 
 
 def as_tensor(value: Any) -> Any:
