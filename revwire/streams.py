@@ -76,9 +76,10 @@ class Streams:
         if self._merged is None:
             self._check_usable()
             # the first use may be one without grad or in inference mode, the next one not
-            with torch.inference_mode(mode=False), torch.set_grad_enabled(self.requires_grad):
-                merged = self.coupling.leave(self.previous, self.current).to(self.dtype)
-                self._merged = merged.clone() if merged.is_inference() else merged
+            with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
+                self._merged = self.coupling.leave(self.previous, self.current).to(self.dtype)
+                if self._merged.is_inference():
+                    self._merged = self._merged.clone()
             self._views.append((self._merged, self._merged._version))
         return self._merged
 
