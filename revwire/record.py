@@ -181,11 +181,15 @@ class Recorder:
         self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
+        except BaseException:
+            _put_back(module, attributes)
+            raise
         finally:
             self.tracing = None
-            now = _state(module)
-            changed = sorted(key for key, value in now.items() if attributes.get(key, now) is not value)
-        if changed:
+        now = _state(module)
+        if changed := sorted(key for key, value in now.items() if attributes.get(key, now) is not value):
+            # what it stored are proxies, which the run that follows must not find
+            _put_back(module, attributes)
             raise TraceFailure(
                 f"stores a value on the module in forward: {', '.join(key for _, key in changed)}"
             )
@@ -330,9 +334,18 @@ def _drop_unused_numbers(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _stores(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {"": module.__dict__, "parameters": module._parameters, "buffers": module._buffers}
+
+
 def _state(module: nn.Module) -> dict[tuple[str, str], Any]:
-    stores = {"": module.__dict__, "parameters": module._parameters, "buffers": module._buffers}
-    return {(store, key): value for store, held in stores.items() for key, value in held.items()}
+    return {(store, key): value for store, held in _stores(module).items() for key, value in held.items()}
+
+
+def _put_back(module: nn.Module, state: dict[tuple[str, str], Any]) -> None:
+    for store, held in _stores(module).items():
+        held.clear()
+        held.update({key: value for (of, key), value in state.items() if of == store})
 
 
 def _is_plain(module: nn.Module) -> bool:
