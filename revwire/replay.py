@@ -46,6 +46,7 @@ class Conditions:
     Attributes:
         parameters: The weights of the forward; another version of one at the second run is an error.
         modes: Whether each module was in train mode.
+        attributes: Values that modules replaced in the forward (a counter, a schedule), as they were before.
         buffers: Buffers the forward left alone, held to the same rule.
         loans: Buffers to stand in during the second run, as they were before the first.
         scratch: BatchNorms in training: their second run updates copies.
@@ -55,6 +56,7 @@ class Conditions:
 
     parameters: list[Held]
     modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     buffers: list[Held] = field(default_factory=list)
     loans: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     scratch: list[nn.Module] = field(default_factory=list)
@@ -87,6 +89,8 @@ class Conditions:
         for module, training in self.modes:
             if module.training is not training:
                 yield module.__dict__, "training", training
+        for module, key, value in self.attributes:
+            yield module.__dict__, key, value
         yield from self._lent_buffers()
 
     def _lent_buffers(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -118,8 +122,10 @@ def observe(
     """
     conditions = Conditions(parameters=[], autocast=_autocast(device))
     before: list[tuple[Held, Tensor]] = []
+    attributes: list[tuple[nn.Module, dict[str, Any]]] = []
     for module in (m for top in modules for m in top.modules()):
         conditions.modes.append((module, module.training))
+        attributes.append((module, module.__dict__.copy()))
         conditions.parameters.extend(
             _held(module, k, p) for k, p in module._parameters.items() if p is not None
         )
@@ -134,6 +140,9 @@ def observe(
     states = [RandomState.now(get, put) for get, put in _generators(device)]
     yield conditions
     conditions.random = [state for state in states if state.moved()]
+    for module, was in attributes:
+        now = module.__dict__
+        conditions.attributes += [(module, key, v) for key, v in was.items() if now.get(key, v) is not v]
     for held, copy in before:
         if _moves(held):
             conditions.loans.append((held.module, held.key, copy))
