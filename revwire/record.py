@@ -131,8 +131,11 @@ class Recorder:
         _check_random(tracer)
         stale = tracer.reads_stale(args, kwargs)
         values, named = tracer.unwrap((args, kwargs))
+        given = tree_flatten((values, named))
         proxy = tracer.record("call_module", path, args, kwargs, None, stale=stale)
         result = self._run(module, values, named, proxy.node)
+        if not _same_structure(given, (values, named)):
+            raise TraceFailure(f"hands {path} a list or dict, which that changes")
         tracer.expected_random = _python_random()  # what a child draws, it draws again when it runs
         proxy.node.meta.update(value=result, version=result._version if isinstance(result, Tensor) else 0)
         return proxy
@@ -186,6 +189,8 @@ class Recorder:
             raise
         finally:
             self.tracing = None
+        if not _same_structure((inputs, frame.spec), (args, kwargs)):
+            raise TraceFailure("changes a list or dict that it is given")
         now = _state(module)
         if changed := sorted(key for key, value in now.items() if attributes.get(key, now) is not value):
             # what it stored are proxies, which the run that follows must not find
@@ -346,6 +351,12 @@ def _put_back(module: nn.Module, state: dict[tuple[str, str], Any]) -> None:
     for store, held in _stores(module).items():
         held.clear()
         held.update({key: value for (of, key), value in state.items() if of == store})
+
+
+def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:
+    """Whether lists and dicts in `tree` hold the same objects as when it was flattened."""
+    leaves, spec = tree_flatten(tree)
+    return spec == before[1] and all(a is b for a, b in zip(before[0], leaves, strict=True))
 
 
 def _is_plain(module: nn.Module) -> bool:
