@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda as sdp
 from torch.nn.modules.batchnorm import _NormBase
 
 from revwire.errors import ReplayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+_KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (sdp.flash_sdp_enabled, sdp.enable_flash_sdp),
+    (sdp.mem_efficient_sdp_enabled, sdp.enable_mem_efficient_sdp),
+    (sdp.math_sdp_enabled, sdp.enable_math_sdp),
+    (sdp.cudnn_sdp_enabled, sdp.enable_cudnn_sdp),
+)
 
 
 @dataclass(slots=True)
@@ -52,6 +60,7 @@ class Conditions:
         scratch: BatchNorms in training: their second run updates copies.
         random: The random states before the branch, of those it moved.
         autocast: Autocast contexts to enter.
+        kernels: Which kernels attention may choose from (`torch.nn.attention.sdpa_kernel`).
     """
 
     parameters: list[Held]
@@ -62,6 +71,7 @@ class Conditions:
     scratch: list[nn.Module] = field(default_factory=list)
     random: list[RandomState] = field(default_factory=list)
     autocast: list[dict[str, Any]] = field(default_factory=list)
+    kernels: tuple[bool, ...] = ()
 
     @contextmanager
     def restored(self, where: str) -> Iterator[None]:
@@ -79,6 +89,10 @@ class Conditions:
                 stack.enter_context(state.restored())
             for arguments in self.autocast:
                 stack.enter_context(torch.autocast(**arguments))
+            for (allowed, allow), wanted in zip(_KERNELS, self.kernels, strict=True):
+                if (now := allowed()) is not wanted:
+                    allow(wanted)
+                    stack.callback(allow, now)
             yield
 
     def _loans(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -120,7 +134,8 @@ def observe(
         own: Parameters and buffers that the branch's code reads itself, as (owner, name).
         device: The device whose random state the branch may draw from, beside the CPU's.
     """
-    conditions = Conditions(parameters=[], autocast=_autocast(device))
+    kernels = tuple(allowed() for allowed, _ in _KERNELS)
+    conditions = Conditions(parameters=[], autocast=_autocast(device), kernels=kernels)
     before: list[tuple[Held, Tensor]] = []
     attributes: list[tuple[nn.Module, dict[str, Any]]] = []
     for module in (m for top in modules for m in top.modules()):
