@@ -115,24 +115,6 @@ class Link:
         undo: Takes the pair back through the rearrangements between the step before and this one.
     """
 
-    __slots__ = (
-        "_side_versions",
-        "_tickets",
-        "_wants_grad",
-        "bottom",
-        "branch",
-        "conditions",
-        "coupling",
-        "end",
-        "next",
-        "position",
-        "sides",
-        "strides",
-        "taken",
-        "tape",
-        "undo",
-    )  # fmt: skip
-
     def __init__(
         self, tape: Tape, position: int, coupling: Coupling, branch: Branch, *, bottom: bool
     ) -> None:
