@@ -217,7 +217,7 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
             return f"the sum at {total.meta['line']} adds tensors of different shapes ({shapes})"
     if shared and any(t.op == "call_module" for t in terms):
         names = ", ".join(str(t.target) for t in terms if t.op == "call_module")
-        return f"the sum at {total.meta['line']} adds no unchanged input: its skip goes through {names} too"
+        return f"the sum at {total.meta['line']} adds no unchanged input: each of {names} changes it"
     return None
 
 
