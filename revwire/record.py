@@ -12,6 +12,7 @@ import itertools
 import random
 import sys
 import threading
+import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,9 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Fake parameters, patched calls and saved random state, for the length of the block."""
         with ExitStack() as stack:
+            # what the model warns of here it warns of again when it runs, there with the line that is to blame
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
             stack.enter_context(_random_kept())
             stack.enter_context(_attributes_kept(self.root))
             self._stand_in_fakes()

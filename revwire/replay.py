@@ -28,6 +28,9 @@ _KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
     (sdp.cudnn_sdp_enabled, sdp.enable_cudnn_sdp),
 )
 
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+"""Types of attributes that are followed when a module replaces them in its forward."""
+
 
 @dataclass(slots=True)
 class Held:
@@ -112,7 +115,11 @@ class Conditions:
             tensor = held.again()
             if held.module.training and tensor.is_floating_point():
                 # F.batch_norm moves statistics without a word to their version, in modules of any class
-                yield held.module._buffers, held.key, tensor.clone()
+                yield (
+                    held.module._buffers,
+                    held.key,
+                    tensor.detach().clone().requires_grad_(tensor.requires_grad),
+                )
             elif held.module._buffers.get(held.key) is not tensor:
                 yield held.module._buffers, held.key, tensor
         for module, key, tensor in self.loans:
@@ -157,7 +164,9 @@ def observe(
     conditions.random = [state for state in states if state.moved()]
     for module, was in attributes:
         now = module.__dict__
-        conditions.attributes += [(module, key, v) for key, v in was.items() if now.get(key, v) is not v]
+        replaced = ((key, value) for key, value in was.items() if now.get(key, value) is not value)
+        # a structure could hold the graph of an earlier call, and each call's graph that of the one before
+        conditions.attributes += [(module, k, _plain(v)) for k, v in replaced if isinstance(v, _PLAIN)]
     for held, copy in before:
         if _moves(held):
             conditions.loans.append((held.module, held.key, copy))
@@ -177,9 +186,14 @@ def _moves(held: Held) -> bool:
     return isinstance(held.module, _NormBase) or now is not held.tensor or now._version != held.version
 
 
+def _plain(value: Any) -> Any:
+    """`value` without history, if it is a tensor with one: a graph must not hold itself."""
+    has_history = isinstance(value, Tensor) and value.grad_fn is not None
+    return value.detach().requires_grad_() if has_history else value
+
+
 def _held(module: nn.Module, key: str, tensor: Tensor) -> Held:
-    # a weight with a history (torch.func.functional_call) is held without it: a graph must not hold itself
-    kept = tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+    kept = _plain(tensor)  # torch.func.functional_call lends weights with a history
     return Held(module, key, kept, tensor._version, tensor.requires_grad)
 
 

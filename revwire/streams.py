@@ -63,6 +63,7 @@ class Streams:
     def __post_init__(self) -> None:
         self._merged: Tensor | None = None
         self._detached = False
+        self._made_with_grad = torch.is_grad_enabled()
         self._views: list[tuple[Tensor, int]] = []
 
     @classmethod
@@ -99,7 +100,8 @@ class Streams:
                 "the trunk between two rewired blocks was changed in place through a view of it (reshape), which "
                 "its streams cannot follow; use the out-of-place form, or exclude one of the blocks"
             )
-        if self.requires_grad and not torch.is_grad_enabled() and (name := _function_running()):
+        graph_stays_behind = self.requires_grad and self._made_with_grad and not torch.is_grad_enabled()
+        if graph_stays_behind and (name := _function_running()):
             raise RewireError(
                 f"{name}, an autograd.Function, was given the streams that travel between rewired blocks; autograd "
                 "does not see them, so no gradient would come back: call it on x.tensor() instead of x"

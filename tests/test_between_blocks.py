@@ -255,11 +255,12 @@ def test_an_autograd_function_on_the_trunk_raises_and_works_on_its_tensor(functi
 
 
 class Checkpointed(Blocks):
-    reentrant = False
+    options = None
 
     def forward(self, x):
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant) if self.middle else block(x)
+        for i, block in enumerate(self.blocks):
+            on = self.options and i >= self.options["first"]
+            x = checkpoint(block, x, use_reentrant=self.options["reentrant"]) if on else block(x)
         return x
 
 
@@ -267,12 +268,17 @@ def test_checkpointed_blocks():
     torch.manual_seed(0)
     net = Checkpointed().double()
     reference, model = copy.deepcopy(net), revwire.rewire(net, x_of())
-    model.middle = True
+    model.options = {"first": 0, "reentrant": False}
     loss(recur(x_of(), [b.body for b in reference.blocks])).backward()
     loss(model(x_of())).backward()
     assert_same(gradients(reference), gradients(model))
-    model.reentrant = True
-    with pytest.raises(RevwireError, match="use_reentrant=False"):
+    # the other kind hides what it runs from autograd, which sees no tensor go in
+    model.options = {"first": 1, "reentrant": True}
+    unseen = pytest.warns(UserWarning, match="None of the inputs have requires_grad=True")
+    with unseen, pytest.raises(RevwireError, match="use_reentrant=False"):
+        model(x_of().requires_grad_())
+    model.options = {"first": 0, "reentrant": True}
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         model(x_of().requires_grad_())
 
 
