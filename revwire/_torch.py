@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch._compile import _disable_dynamo
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     TreeSpec,
@@ -15,7 +15,6 @@ from torch.utils._pytree import (
     tree_flatten,
     tree_leaves,
     tree_map,
-    tree_map_only,
     tree_unflatten,
 )
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
@@ -23,7 +22,6 @@ from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 __all__ = [
     "CheckpointFrame",
     "DataDependentOutputException",
-    "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "TreeSpec",
@@ -36,7 +34,6 @@ __all__ = [
     "tree_flatten",
     "tree_leaves",
     "tree_map",
-    "tree_map_only",
     "tree_unflatten",
 ]
 

@@ -87,7 +87,8 @@ def _needed(graph: fx.Graph, steps: dict[Residual, RunStep]) -> set[fx.Node]:
     inner = {n for residual in steps for n in (*residual.inside, *residual.post)}
     sums = {residual.total: residual for residual in steps}
     needed: set[fx.Node] = set()
-    waiting = [n for n in graph.nodes if n not in inner and (n not in _sum_nodes(sums) or n in sums)]
+    inner |= {n for residual in steps for n in residual.sums} - sums.keys()
+    waiting = [n for n in graph.nodes if n not in inner]
     while waiting:
         node = waiting.pop()
         if node in needed:
@@ -96,20 +97,6 @@ def _needed(graph: fx.Graph, steps: dict[Residual, RunStep]) -> set[fx.Node]:
         reads = (sums[node].skip, *sums[node].sides) if node in sums else node.all_input_nodes
         waiting.extend(reads)
     return needed
-
-
-def _sum_nodes(sums: dict[fx.Node, Residual]) -> set[fx.Node]:
-    """Every addition of the planned sums, the inner ones of parallel branches too."""
-    nodes: set[fx.Node] = set()
-    for total, residual in sums.items():
-        ends = {*residual.terms, residual.skip}
-        waiting = [total]
-        while waiting:
-            node = waiting.pop()
-            if node not in ends and node not in nodes:
-                nodes.add(node)
-                waiting.extend(node.all_input_nodes)
-    return nodes
 
 
 def _function(

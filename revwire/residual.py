@@ -71,6 +71,19 @@ class Residual:
         return str(self.total.meta.get("line", ""))
 
     @cached_property
+    def sums(self) -> frozenset[fx.Node]:
+        """The nodes that add up the terms and the skip, inner sums of parallel branches too."""
+        ends = {*self.terms, self.skip}
+        nodes: set[fx.Node] = set()
+        waiting = [self.total]
+        while waiting:
+            node = waiting.pop()
+            if node not in ends and node not in nodes:
+                nodes.add(node)
+                waiting.extend(node.all_input_nodes)
+        return frozenset(nodes)
+
+    @cached_property
     def sides(self) -> tuple[fx.Node, ...]:
         """What the branch reads of its frame beside the trunk; the module's own attributes are not among them."""
         inside = {*self.inside, *self.post}
@@ -223,7 +236,7 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
 
 def _refusal(residual: Residual) -> str | None:
     where = f"the residual at {residual.line}"
-    allowed = {*residual.inside, *residual.post, *_sums(residual)}
+    allowed = {*residual.inside, *residual.post, *residual.sums}
     if any(n.meta.get("stale") for n in (*residual.inside, residual.total, *residual.post)):
         return f"{where} changes a tensor in place (the trunk, or one of the branch) and goes on using its old name"
     for node in (
@@ -234,14 +247,6 @@ def _refusal(residual: Residual) -> str | None:
         if outside and not _recomputable(node, residual):
             return f"{where} shares an inner value of its branch ({node.name}) with code outside of it"
     return None
-
-
-def _sums(residual: Residual) -> set[fx.Node]:
-    """The additions that make up the sum, inner ones included."""
-    after = {*residual.terms, residual.skip}
-    return {n for n in _ancestors([residual.total]) if _is_addition(n) and after & set(n.all_input_nodes)} | {
-        residual.total
-    }
 
 
 def _recomputable(node: fx.Node, residual: Residual) -> bool:
