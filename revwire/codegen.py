@@ -7,6 +7,7 @@ step. Children are called by name (`self.attn(...)`), so one that is replaced la
 from __future__ import annotations
 
 import linecache
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,26 +31,31 @@ class StepCode:
     """One planned residual as code.
 
     Attributes:
-        branch: `branch(self, x, *sides)`: the sum of the residual's branches at the trunk `x`.
+        branch: `branch(self, x, *sides)`: a tuple of the sum of the residual's branches at the trunk `x`, and of the
+            values of the branch that the frame uses elsewhere.
+        whole: Whether that sum holds the (scaled) skip too.
         post: `post(self, total, *sides)`: what follows the sum and moves into the branch, or None.
         modules: Paths of the children both call.
         own: Paths of the parameters and buffers both read themselves.
     """
 
-    branch: Callable[..., Tensor]
+    branch: Callable[..., tuple[Any, ...]]
+    whole: bool
     post: Callable[..., Tensor] | None
     modules: tuple[str, ...]
     own: tuple[str, ...]
 
 
 RunStep = Callable[..., Any]
-"""Called by the rewritten forward as `run(self, trunk, *sides)` in place of a planned sum."""
+"""Called by the rewritten forward as `run(self, trunk, *sides)` in place of a planned sum.
+
+Returns the trunk after the step; a tuple of it and of what the frame uses of the branch, if there is such."""
 
 
 def step_code(residual: Residual) -> StepCode:
     """The branch of a residual as functions of `(self, x, *sides)`."""
     inside, sides = residual.inside, residual.sides
-    branch = _function(residual, "branch", residual.skip, inside, sides, residual.terms)
+    branch = _function(residual, "branch", residual.skip, inside, sides, residual.terms, residual.shared)
     post = None
     if residual.post:
         post = _function(residual, "post", residual.total, residual.post, sides, (residual.result,))
@@ -57,6 +63,7 @@ def step_code(residual: Residual) -> StepCode:
     read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
     return StepCode(
         branch,
+        residual.scale is not None,
         post,
         tuple(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module")),
         tuple(dict.fromkeys(str(n.target) for n in read)),
@@ -66,36 +73,59 @@ def step_code(residual: Residual) -> StepCode:
 def rewritten_forward(frame: Frame, steps: dict[Residual, RunStep]) -> Callable[..., Any]:
     """The frame's forward, as a function of `(self, *tensors)`, with each residual's sum run as a step."""
     assert frame.graph is not None
-    results = {residual.total: residual for residual in steps}
-    gone = {n for residual in steps for n in (*residual.inside, *residual.post)}
+    sums = {residual.total: residual for residual in steps}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     wanted = _needed(frame.graph, steps)
-    for node in frame.graph.nodes:
-        if node in results:
-            residual = results[node]
-            sides = tuple(copies[n] for n in residual.sides)
-            call = graph.call_function(steps[residual], (_Self(), copies[residual.skip], *sides))  # type: ignore[arg-type]
-            copies[node] = copies[residual.result] = call
-        elif node in wanted and (node not in gone or not isinstance(node.meta.get("value"), Tensor)):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+    waiting = [node for node in frame.graph.nodes if node in wanted]
+    while waiting:
+        # what reads an inner value of a branch comes after the step, which hands it out with its sum
+        later: list[fx.Node] = []
+        for node in waiting:
+            if not copies.keys() >= set(_reads(node, sums)):
+                later.append(node)
+            elif node in sums:
+                copies.update(_step_call(graph, sums[node], steps[sums[node]], copies))
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        assert len(later) < len(waiting), f"{later} wait for each other"
+        waiting = later
     return _compile(graph, f"<revwire {type(frame.module).__name__}.forward {id(graph):x}>")
+
+
+def _reads(node: fx.Node, sums: dict[fx.Node, Residual]) -> tuple[fx.Node, ...]:
+    """What a node of the rewritten forward reads; a planned sum reads the trunk and the branch's side inputs."""
+    if node in sums:
+        return sums[node].skip, *sums[node].sides
+    return tuple(node.all_input_nodes)
+
+
+def _step_call(
+    graph: fx.Graph, residual: Residual, run: RunStep, copies: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Add the call of a step to `graph`; returns the nodes of the frame that it stands for."""
+    sides = tuple(copies[n] for n in residual.sides)
+    call = graph.call_function(run, (_Self(), copies[residual.skip], *sides))  # type: ignore[arg-type]
+    if not residual.shared:
+        return dict.fromkeys((residual.total, residual.result), call)
+    trunk, *inner = (graph.call_function(operator.getitem, (call, i)) for i in range(1 + len(residual.shared)))
+    return {residual.total: trunk, residual.result: trunk, **dict(zip(residual.shared, inner, strict=True))}
 
 
 def _needed(graph: fx.Graph, steps: dict[Residual, RunStep]) -> set[fx.Node]:
     """The nodes that the rewritten forward still runs: all but what only a planned branch needs."""
-    inner = {n for residual in steps for n in (*residual.inside, *residual.post)}
+    inner = {n for residual in steps for n in (*residual.inside, *residual.post, *residual.sums)}
     sums = {residual.total: residual for residual in steps}
+    given = {n: residual.total for residual in steps for n in (*residual.shared, residual.result)}
     needed: set[fx.Node] = set()
-    inner |= {n for residual in steps for n in residual.sums} - sums.keys()
-    waiting = [n for n in graph.nodes if n not in inner]
+    waiting = [n for n in graph.nodes if n not in inner or n in sums]
     while waiting:
         node = waiting.pop()
+        node = given.get(node, node)
         if node in needed:
             continue
         needed.add(node)
-        reads = (sums[node].skip, *sums[node].sides) if node in sums else node.all_input_nodes
-        waiting.extend(reads)
+        waiting.extend(_reads(node, sums))
     return needed
 
 
@@ -106,7 +136,8 @@ def _function(
     inside: tuple[fx.Node, ...],
     sides: tuple[fx.Node, ...],
     terms: Iterable[fx.Node],
-) -> Callable[..., Tensor]:
+    shared: tuple[fx.Node, ...] | None = None,
+) -> Callable[..., Any]:
     graph = fx.Graph()
     copies = {trunk: graph.placeholder("x")}
     copies.update({node: graph.placeholder(f"side_{i}") for i, node in enumerate(sides)})
@@ -119,7 +150,7 @@ def _function(
     total, *rest = (copies[term] for term in terms)
     for term in rest:
         total = graph.call_function(_add, (total, term))
-    graph.output(total)
+    graph.output(total if shared is None else (total, *(copies[n] for n in shared)))
     name = f"{type(residual.frame.module).__name__}.{kind}_{residual.index}"
     return _compile(graph, f"<revwire {name} {id(graph):x}>")
 

@@ -7,6 +7,7 @@ code of that module's own `forward`). Everything a plan left alone stands in `Pl
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,8 @@ class Step:
         branch: Paths of the child modules the residual branch calls, relative to `module`.
         sides: Names of what else the branch reads from its frame (a rope table, a mask).
         post: The operation after the addition that moves into the branch (an activation), if there is one.
+        scale: What multiplies the trunk in the addition, if it is not added as it is; the branch is then the whole block
+            less the trunk, `F(x) = s * x + f(x) - x`.
         line: `file.py:123`, where the addition stands in the source.
     """
 
@@ -40,6 +43,7 @@ class Step:
     branch: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
     post: str | None = None
+    scale: str | None = None
     line: str = ""
 
     @property
@@ -157,9 +161,18 @@ class Plan:
             left = Table(title="left as it is", title_justify="left")
             left.add_column("module", overflow="fold")
             left.add_column("why", overflow="fold")
-            for skipped in self.skipped:
-                left.add_row(escape(skipped.module or "(model)"), escape(skipped.reason))
+            for alike in _alike(self.skipped):
+                more = f" (and {len(alike) - 1} like it)" if len(alike) > 1 else ""
+                left.add_row(escape(f"{alike[0].module or '(model)'}{more}"), escape(alike[0].reason))
             yield left
+
+
+def _alike(skipped: tuple[Skipped, ...]) -> list[list[Skipped]]:
+    """Skipped places grouped by what they say, whatever the numbers in it."""
+    groups: dict[str, list[Skipped]] = {}
+    for place in skipped:
+        groups.setdefault(re.sub(r"\d+", "#", f"{place.module}: {place.reason}"), []).append(place)
+    return list(groups.values())
 
 
 def _read(cls: type[_Data], data: dict[str, Any]) -> _Data:
@@ -176,6 +189,8 @@ def _plural(count: int, noun: str) -> str:
 
 def _describe(step: Step) -> str:
     text = " ".join(step.branch) or "(functions)"
+    if step.scale:
+        text += f" | {step.scale} scales the trunk"
     if step.post:
         text += f" | {step.post} after the sum moves in"
     if step.sides:

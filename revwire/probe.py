@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from revwire._torch import DataDependentOutputException
+import torch
+from torch import fx
+
+from revwire._torch import DataDependentOutputException, tree_flatten
 from revwire.errors import RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
 from revwire.record import Recorder
-from revwire.residual import Residual, find_residuals
+from revwire.residual import Residual, find_residuals, rearranges
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import nn
 
     from revwire.trace import Frame, Identity
 
@@ -118,6 +121,8 @@ def make_plan(
         for f in found.frames
         if f.failure and _matters(f, planned)
     ]
+    if not found.residuals and not found.notes and (reason := _without_sums(found)) is not None:
+        skipped.append(reason)
     return Plan(
         type(found.model).__name__,
         coupling,
@@ -147,6 +152,7 @@ def _chains(
                 )
         eligible = [r for r in eligible if id(r) not in giving_way]
     in_chain = {_key(r) for chain in kept for r in chain}
+    callers = {frame.caller: frame for frame in found.frames if frame.caller is not None}
     for residual in eligible:
         if _key(residual) in in_chain:
             continue
@@ -155,10 +161,44 @@ def _chains(
             reasons[_key(residual)] = f"runs inside the branch of {where}, which is rewired as a whole"
         else:
             reasons[_key(residual)] = (
-                f"the residual at {residual.line} stands alone: no other residual continues its trunk "
-                f"({'x'.join(map(str, residual.skip.meta['value'].shape))}) unchanged"
+                f"the residual at {residual.line} stands alone: its trunk "
+                f"({'x'.join(map(str, residual.skip.meta['value'].shape))}) {_source_of(residual, callers)}, and no residual "
+                "goes on with its sum unchanged"
             )
     return kept
+
+
+def _source_of(residual: Residual, callers: dict[fx.Node, Frame]) -> str:
+    """Where the trunk of a residual comes from, in words: the last operation that did more than rearrange it."""
+    node, frame = residual.skip, residual.frame
+    while True:
+        inner = callers.get(node)
+        if node.op == "placeholder":
+            parent, caller = frame.parent, frame.caller
+            if parent is None or caller is None or parent.graph is None:
+                return "comes in from outside"
+            leaves = tree_flatten((caller.args, caller.kwargs))[0]
+            source, frame = leaves[int(str(node.target)[len("input_") :])], parent
+        elif rearranges(node):
+            source = node.all_input_nodes[0]
+        elif inner is not None and inner.graph is not None and inner.module._modules:
+            source, frame = inner.graph.output_node().args[0], inner
+        else:
+            path = f"{frame.path}.{node.target}".lstrip(".") if node.op == "call_module" else _name_of(node)
+            line = "" if node.meta["line"].startswith("container.py") else f" ({node.meta['line']})"
+            return f"comes out of {path}{line}"
+        if not isinstance(source, fx.Node):
+            return "comes in from outside"
+        node = source
+
+
+def _without_sums(found: Probe) -> Skipped | None:
+    """Why a model without any residual addition has none, where that can be told."""
+    nodes = (node for frame in found.frames if frame.graph is not None for node in frame.graph.nodes)
+    joins = next((n for n in nodes if n.target in {torch.cat, torch.concat, torch.concatenate}), None)
+    if joins is None:
+        return None
+    return Skipped("", f"features are joined by concatenation ({joins.meta['line']}), never by adding to a trunk")
 
 
 def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:
@@ -221,6 +261,7 @@ def _step(residual: Residual) -> Step:
         branch=tuple(dict.fromkeys(str(n.target) for n in residual.inside if n.op == "call_module")),
         sides=tuple(residual.frame.label(n) for n in residual.sides),
         post=" ".join(_name_of(n) for n in residual.post) or None,
+        scale=None if residual.scale is None else _name_of(residual.scale),
         line=residual.line,
     )
 

@@ -172,9 +172,15 @@ def run_step(
 ) -> Any:
     """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`."""
     coupling = options.coupling
+    shared: list[tuple[Any, ...]] = []
 
     def branch(x: Tensor, *rest: Any) -> Tensor:
-        out = code.branch(module, x, *rest)
+        out, *inner = code.branch(module, x, *rest)
+        if inner and not shared:
+            shared.append(tuple(inner))
+        if code.whole:
+            # the block as it is, G(x) = s * x + F(x): what it adds to the trunk is the rest
+            return (out if code.post is None else code.post(module, out, *rest)) - x
         if code.post is None:
             return out
         # a=b-free couplings take the operation after the sum into the branch; those that keep x[i] as the skip
@@ -183,8 +189,10 @@ def run_step(
 
     if not coupling.a:
         x = as_tensor(trunk)
-        total = x + code.branch(module, x, *sides)
-        return total if code.post is None else code.post(module, total, *sides)
+        out, *inner = code.branch(module, x, *sides)
+        total = out if code.whole else x + out
+        total = total if code.post is None else code.post(module, total, *sides)
+        return (total, *inner) if inner else total
     step = Branch(
         planned.name,
         branch,
@@ -194,7 +202,12 @@ def run_step(
     if not isinstance(trunk, Streams) or not trunk.can_continue(coupling):
         trunk = Streams.enter(as_tensor(trunk), coupling)
     following = trunk.advance(step, sides, replay=options.replay)
-    return following.tensor() if planned.last else following
+    following = following.tensor() if planned.last else following
+    if not shared:
+        return following
+    # the branch outlives the forward, and must not keep what it handed out: an empty tuple tells it that it did
+    (inner,), shared[:] = shared, [()]
+    return (following, *inner)
 
 
 def _is_streams(value: object) -> bool:

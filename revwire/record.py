@@ -110,20 +110,26 @@ class Recorder:
         """`function` on example values; remembers which results are mere rearrangements of which."""
         source = args[0] if args and isinstance(args[0], Tensor) else None
         before = None if source is None else identity(source)
-        outer, self.tracing = self.tracing, None
-        try:
+        with self.unobserved():
             result = function(*args, **kwargs)
             unchanged = source is not None and result is source and before == identity(source)
             if unchanged and not is_rearrangement(function, args, kwargs):
                 # dropout in eval mode hands back its very input, yet at run time it leaves the chain
                 result = result.view(result.shape)
-        finally:
-            self.tracing = outer
         if isinstance(result, Tensor):
             self._alive.append(result)
             if before and result is not source and is_rearrangement(function, args, kwargs):
                 self.origins[identity(result)] = before
         return result
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """What the block runs is no part of the frame being traced."""
+        outer, self.tracing = self.tracing, None
+        try:
+            yield
+        finally:
+            self.tracing = outer
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `nn.Module.__call__` becomes while recording."""
@@ -133,15 +139,17 @@ class Recorder:
         if (path := tracer.paths.get(id(module))) is None:
             raise TraceFailure(f"calls a {type(module).__name__} that is no child of it")
         _check_random(tracer)
-        stale = tracer.reads_stale(args, kwargs)
+        args, kwargs = tracer.fresh((args, kwargs))
         values, named = tracer.unwrap((args, kwargs))
         given = tree_flatten((values, named))
-        proxy = tracer.record("call_module", path, args, kwargs, None, stale=stale)
+        before = tracer.versions(args, kwargs)
+        proxy = tracer.record("call_module", path, args, kwargs, None)
         result = self._run(module, values, named, proxy.node)
         if not _same_structure(given, (values, named)):
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
         tracer.expected_random = _python_random()  # what a child draws, it draws again when it runs
-        proxy.node.meta.update(value=result, version=result._version if isinstance(result, Tensor) else 0)
+        tracer.give_value(proxy.node, result)
+        tracer.note_changes(proxy.node, before)
         return proxy
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
@@ -203,8 +211,8 @@ class Recorder:
                 f"stores a value on the module in forward: {', '.join(key for _, key in changed)}"
             )
         _check_random(tracer)
-        tracer.graph.output(tracer.create_arg(output))
-        _drop_unused_numbers(tracer.graph)
+        tracer.graph.output(tracer.create_arg(tracer.fresh(output)))
+        _drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
 
@@ -330,16 +338,11 @@ def _argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     )
 
 
-def _drop_unused_numbers(graph: fx.Graph) -> None:
-    """Erase shape arithmetic nobody uses: `B, N, C = x.shape` reads more than most code needs."""
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erase what nobody uses: `B, N, C = x.shape` reads more than most code needs, a loop more than it keeps."""
     for node in reversed(graph.nodes):
         pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
-        if (
-            node.op == "call_function"
-            and pure
-            and not node.users
-            and not isinstance(node.meta["value"], Tensor)
-        ):
+        if node.op == "call_function" and pure and not node.users and not node.meta["changes"]:
             graph.erase_node(node)
 
 

@@ -1,15 +1,15 @@
 """A frame's fx graph -> its residual additions.
 
 A residual addition is a sum one of whose terms, the skip, all other terms depend on. Sums of several branches
-(parallel blocks, `x + attn(x) + mlp(x)`) are one residual; `nn.Identity` on the skip is seen through. What looks like
-a residual and cannot become a step is returned with its reason.
+(parallel blocks, `x + attn(x) + mlp(x)`) are one residual; `nn.Identity` on the skip is seen through; a skip that is
+merely scaled (`s * x + F(x)`) counts. What looks like a residual and cannot become a step is returned with its reason.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from revwire._torch import tree_leaves
-from revwire.trace import Frame, Identity, original_forward
+from revwire.rearrange import is_rearrangement
+from revwire.trace import Frame, Identity, original_forward, storage, updated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,9 +36,10 @@ class Residual:
         index: Which of the frame's residuals, in running order; counts the refused ones too.
         skip: The node whose value is the trunk before the addition.
         total: The node of the (outermost) sum.
-        terms: What is added to the skip, in order: the outputs of the branches.
+        terms: What is added to the skip, in order: the outputs of the branches. Of a scaled skip, all that is summed.
         inside: Nodes between `skip` and `total`: the branch.
         post: Elementwise operations after the sum that move into the branch, in order.
+        scale: Where the sum adds the trunk scaled (`s * x`), the node that scales; the branch is then `s * x + F(x) - x`.
         refused: Why this residual cannot become a step, if it cannot.
     """
 
@@ -48,7 +50,13 @@ class Residual:
     terms: tuple[fx.Node, ...]
     inside: tuple[fx.Node, ...]
     post: tuple[fx.Node, ...] = ()
+    scale: fx.Node | None = None
     refused: str | None = None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether several branches are summed, which the rewritten code does in an order of its own."""
+        return len(self.terms) > (1 if self.scale is None else 2)
 
     @property
     def result(self) -> fx.Node:
@@ -84,6 +92,28 @@ class Residual:
         return frozenset(nodes)
 
     @cached_property
+    def shared(self) -> tuple[fx.Node, ...]:
+        """Values of the branch that the frame uses elsewhere too (attention weights, a second output).
+
+        The branch hands them out beside its sum. Shapes, and mere rearrangements of the trunk, are not among them: the
+        frame reads those of its own trunk.
+        """
+        own = {*self.inside, *self.post, *self.sums}
+        inner = (n for n in self.inside if not own.issuperset(n.users))
+        return tuple(n for n in inner if not self._read_again(n))
+
+    def _read_again(self, node: fx.Node) -> bool:
+        """Whether a branch node is computed from shapes and rearrangements of the trunk alone."""
+        inside = set(self.inside)
+        waiting = [node]
+        while waiting:
+            current = waiting.pop()
+            if isinstance(current.meta.get("value"), Tensor) and not rearranges(current):
+                return False
+            waiting.extend(n for n in current.all_input_nodes if n in inside)
+        return True
+
+    @cached_property
     def sides(self) -> tuple[fx.Node, ...]:
         """What the branch reads of its frame beside the trunk; the module's own attributes are not among them."""
         inside = {*self.inside, *self.post}
@@ -106,27 +136,18 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
         if not _is_addition(total) or total in inner:
             continue
         terms = _flatten(total, inner)
-        skip = _skip_of(frame, terms)
-        if skip is None:
-            if reason := _near_miss(frame, total, terms):
-                reasons.append(reason)
-            continue
-        branches = tuple(t for t in terms if _seen_through(frame, t) is not skip)
-        inside = _between(skip, branches)
-        found.append(Residual(frame, 0, skip, total, branches, inside))
+        if (skip := _skip_of(frame, terms)) is not None:
+            branches = tuple(t for t in terms if _seen_through(frame, t) is not skip)
+            found.append(Residual(frame, 0, skip, total, branches, _between(skip, branches)))
+        elif (scaled := _scaled_skip_of(frame, terms)) is not None:
+            skip, scale = scaled
+            found.append(Residual(frame, 0, skip, total, terms, _between(skip, terms), scale=scale))
+        elif reason := _near_miss(frame, total, terms):
+            reasons.append(reason)
     found.reverse()
-    ordered = [_completed(residual, index, found) for index, residual in enumerate(found)]
-    return ordered, reasons[::-1]
-
-
-def _completed(residual: Residual, index: int, others: list[Residual]) -> Residual:
-    skips = {other.skip for other in others}
-    post = _post_operations(residual, skips)
-    whole = Residual(
-        residual.frame, index, residual.skip, residual.total, residual.terms, residual.inside, post
-    )
-    refused = _refusal(whole)
-    return Residual(whole.frame, index, whole.skip, whole.total, whole.terms, whole.inside, post, refused)
+    skips = {residual.skip for residual in found}
+    ordered = [replace(r, index=i, post=_post_operations(r, skips)) for i, r in enumerate(found)]
+    return [replace(r, refused=_refusal(r)) for r in ordered], reasons[::-1]
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -162,9 +183,27 @@ def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
     for term in terms:
         source = _seen_through(frame, term)
         others = [t for t in terms if t is not term]
-        shapes_agree = all(_broadcasts_into(o, source) for o in others)
-        if shapes_agree and _dependents(source).issuperset(others):
+        if all(_broadcasts_into(o, source) for o in others) and _computed_from(source, others):
             return source
+    return None
+
+
+def _computed_from(source: fx.Node, terms: list[fx.Node]) -> bool:
+    """Whether all terms depend on the values of `source`, and not only because it was what changed them in place."""
+    dependents = _dependents(source)
+    return dependents.issuperset(terms) and all(
+        t.target is not updated or t.args[0] in dependents for t in terms
+    )
+
+
+def _scaled_skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node] | None:
+    """The trunk of a sum that adds it scaled, and the node that scales it."""
+    for term in terms:
+        if (source := _scaled(frame, term)) is None:
+            continue
+        others = [t for t in terms if t is not term]
+        if all(_broadcasts_into(o, source) for o in others) and _computed_from(source, others):
+            return source, term
     return None
 
 
@@ -178,9 +217,61 @@ def _broadcasts_into(term: fx.Node, trunk: fx.Node) -> bool:
 
 def _seen_through(frame: Frame, node: fx.Node) -> fx.Node:
     """The node whose value `node` passes on: behind `nn.Identity`, the identity's input."""
-    while node.op == "call_module" and type(frame.module.get_submodule(str(node.target))) is nn.Identity:
+    while node.op == "call_module" and _is_identity(frame.module.get_submodule(str(node.target))):
         node = node.all_input_nodes[0]
     return node
+
+
+def _is_identity(module: nn.Module) -> bool:
+    if type(module) is nn.Sequential:
+        return all(map(_is_identity, module))
+    return type(module) is nn.Identity
+
+
+_PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div}
+_PRODUCT_METHODS = {"mul", "mul_", "div", "div_", "multiply", "__mul__", "__rmul__", "__truediv__"}
+
+
+def _scaled(frame: Frame, node: fx.Node) -> fx.Node | None:
+    """The trunk that `node` is a multiple of, element by element; None if it is no such thing."""
+    value = node.meta.get("value")
+    if not isinstance(value, Tensor):
+        return None
+    if node.op == "call_module":
+        child = frame.module.get_submodule(str(node.target))
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+        scales = len(sources) == 1 and sources[0].meta["value"].shape == value.shape and _is_scale(child, value.shape)
+        return sources[0] if scales else None
+    names = _PRODUCT_METHODS if node.op == "call_method" else _PRODUCTS
+    if node.target not in names or node.kwargs or len(node.args) != 2:
+        return None
+    divides = "div" in getattr(node.target, "__name__", str(node.target))
+    for source, factor in zip(node.args, reversed(node.args), strict=True):
+        if isinstance(source, fx.Node) and isinstance(held := source.meta.get("value"), Tensor):
+            depends = isinstance(factor, fx.Node) and factor in _dependents(source) | {source}
+            if held.shape == value.shape and source.op != "get_attr" and not depends:
+                return _seen_through(frame, source)
+        if divides:
+            break
+    return None
+
+
+def _is_scale(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a module multiplies each element by a number of its own, proven by trying."""
+    if any(True for _ in module.children()) or any(p.numel() > shape.numel() for p in module.parameters()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    tried = copy.deepcopy(module).to_empty(device="cpu").double()
+    for tensor in (*tried.parameters(), *tried.buffers()):
+        tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    sample = torch.randn(2, *shape[1:], generator=generator, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            call = original_forward(tried)
+            result, factors = call(sample), call(torch.ones_like(sample))
+            return torch.allclose(result, sample * factors, rtol=1e-9, atol=1e-12)
+    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no scale
+        return False
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -218,6 +309,7 @@ def _carries_values(node: fx.Node) -> bool:
 
 def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str | None:
     """The reason, if a sum looks like a residual to a reader and is none."""
+    where = f"the sum at {total.meta['line']}"
     shared = [
         n
         for n in _ancestors([terms[0]]) & _ancestors(terms[1:])
@@ -225,40 +317,36 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
     ]
     for term in terms:
         others = [t for t in terms if t is not term]
-        if _dependents(_seen_through(frame, term)).issuperset(others):
+        source = _seen_through(frame, term)
+        if source.target is updated and {*others, *_ancestors(others)}.intersection(source.all_input_nodes[1:]):
+            return f"{where} adds what its branch has changed in place, so there is no unchanged input to go back to"
+        if _dependents(source).issuperset(others):
             shapes = " and ".join("x".join(map(str, t.meta["value"].shape)) for t in (term, *others))
-            return f"the sum at {total.meta['line']} adds tensors of different shapes ({shapes})"
+            return f"{where} adds tensors of different shapes ({shapes})"
     if shared and any(t.op == "call_module" for t in terms):
         names = ", ".join(str(t.target) for t in terms if t.op == "call_module")
-        return f"the sum at {total.meta['line']} adds no unchanged input: each of {names} changes it"
+        return f"{where} adds no unchanged input: each of {names} changes it"
     return None
 
 
 def _refusal(residual: Residual) -> str | None:
     where = f"the residual at {residual.line}"
-    allowed = {*residual.inside, *residual.post, *residual.sums}
-    if any(n.meta.get("stale") for n in (*residual.inside, residual.total, *residual.post)):
-        return f"{where} changes a tensor in place (the trunk, or one of the branch) and goes on using its old name"
-    for node in (
-        *residual.inside,
-        *(p for p in (residual.total, *residual.post) if p is not residual.result),
-    ):
-        outside = [user for user in node.users if user not in allowed]
-        if outside and not _recomputable(node, residual):
-            return f"{where} shares an inner value of its branch ({node.name}) with code outside of it"
+    own = {*residual.inside, *residual.post, *residual.sums}
+    outside = {storage(n.meta["value"]) for n in (residual.skip, *residual.sides) if isinstance(n.meta["value"], Tensor)}
+    if any(outside & node.meta["changes"] for node in (*residual.inside, *residual.post)):
+        return f"{where} changes a tensor in place that its branch is given, so the branch cannot be run again"
+    for node in own:
+        for user in node.users.keys() - own:
+            if user.target is updated and node in user.all_input_nodes[1:]:
+                what = "adds to a part of a larger tensor" if node in residual.sums else "changes a tensor of its branch"
+                return f"{where} {what} in place, which the code after it reads"
     return None
 
 
-def _recomputable(node: fx.Node, residual: Residual) -> bool:
-    """Whether a branch node is a number (a shape) that can be read again outside, without the branch's tensors."""
-    inside = set(residual.inside)
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if isinstance(current.meta.get("value"), Tensor):
-            return False
-        waiting.extend(n for n in current.all_input_nodes if n in inside)
-    return True
+def rearranges(node: fx.Node) -> bool:
+    """Whether a node only moves the values of its first argument around."""
+    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
+    return node.op != "call_module" and is_rearrangement(function, node.args, node.kwargs)
 
 
 def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, ...]:

@@ -187,7 +187,7 @@ class ValueProxy(fx.Proxy):
         return self.value.keys()
 
     def __setitem__(self, key: Any, item: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
+        self.tracer.create_proxy("call_function", set_item, (self, key, item), {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueProxy:
         return self
@@ -204,6 +204,17 @@ for _name in _INPLACE:
     setattr(ValueProxy, f"__{_name}__", _inplace_operator(_name))
 
 
+def set_item(target: Any, key: Any, item: Any) -> Any:
+    """`target[key] = item` as a function of what it changes: in a graph, what comes after depends on it."""
+    target[key] = item
+    return target
+
+
+def updated(tensor: Tensor, *_changes: Any) -> Tensor:
+    """`tensor` after it was changed in place through other names (its views), which `_changes` did."""
+    return tensor
+
+
 class FrameTracer(TracerBase):
     """Builds one frame's graph while the frame's code runs on `ValueProxy` arguments."""
 
@@ -218,6 +229,8 @@ class FrameTracer(TracerBase):
         self.node_name_to_scope = {}
         self.contexts = _contexts()
         self.expected_random: Any = None
+        self._newest: dict[int, fx.Node] = {}
+        self._changes: list[tuple[int, fx.Node]] = []
         self.paths = {id(m): name for name, m in frame.module.named_modules(remove_duplicate=True)}
 
     def proxy(self, node: fx.Node) -> ValueProxy:
@@ -228,37 +241,79 @@ class FrameTracer(TracerBase):
         """Record a call and compute its example value."""
         if kind not in {"call_function", "call_method"}:
             return super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        stale = self.reads_stale(args, kwargs)
+        args, kwargs = self.fresh((args, kwargs))
         values, keywords = self.unwrap((args, kwargs))
         function = target
         if kind == "call_method":
             own = isinstance(values[0], Tensor)
             function = getattr(Tensor if own else values[0], target)
             values = values if own else values[1:]
+        before = self.versions(args, kwargs)
         value = self.recorder.compute(function, values, keywords)
         if value is NotImplemented:
             return value
-        return self.record(kind, target, args, kwargs, value, stale=stale)
+        proxy = self.record(kind, target, args, kwargs, value)
+        self.note_changes(proxy.node, before)
+        return proxy
 
-    def reads_stale(self, *tree: Any) -> bool:
-        """Whether an argument was changed in place after the node it is known by."""
-        return any(
-            p.value._version != p.node.meta["version"]
-            for p in tree_flatten(tree)[0]
-            if type(p) is ValueProxy and isinstance(p.value, Tensor)
-        )
+    def fresh(self, tree: Any) -> Any:
+        """A structure of arguments with each tensor known by the newest node that it is the value of.
 
-    def record(
-        self, kind: str, target: Any, args: Any, kwargs: Any, value: Any, *, stale: bool = False
-    ) -> ValueProxy:
+        Code that changes a tensor in place and goes on with its old name means the changed tensor; in a graph that is
+        another node.
+
+        Raises:
+            TraceFailure: a tensor was changed by something that this frame did not see.
+        """
+
+        def newest(leaf: Any) -> Any:
+            if type(leaf) is not ValueProxy or not isinstance(leaf.value, Tensor):
+                return leaf
+            value, version = leaf.value, leaf.value._version
+            if leaf.node.meta["version"] == version:
+                return leaf
+            known = self._newest.get(id(value))
+            if known is not None and known.meta["version"] == version:
+                return self.proxy(known)
+            key = self._storage(value)
+            changes = [node for changed, node in self._changes if changed == key and node > leaf.node]
+            if not changes:
+                raise TraceFailure("goes on with a tensor that something else changed in place")
+            return self.record("call_function", updated, (leaf, *map(self.proxy, changes)), {}, value)
+
+        return tree_map(newest, tree)
+
+    def versions(self, *tree: Any) -> list[tuple[Tensor, int]]:
+        """The tensors among the arguments of a call, with their in-place versions."""
+        leaves = (p.value for p in tree_flatten(tree)[0] if type(p) is ValueProxy)
+        return [(value, value._version) for value in leaves if isinstance(value, Tensor)]
+
+    def note_changes(self, node: fx.Node, before: list[tuple[Tensor, int]]) -> None:
+        """Remember on `node` which of its arguments its call has changed in place."""
+        changed = frozenset(self._storage(t) for t, version in before if t._version != version)
+        node.meta["changes"] = changed
+        self._changes += [(key, node) for key in changed]
+
+    def _storage(self, tensor: Tensor) -> int:
+        with self.recorder.unobserved():
+            return storage(tensor)
+
+    def record(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> ValueProxy:
         """Record a node whose example value is known."""
         if _contexts() != self.contexts:
             raise TraceFailure("runs part of its code under a context of its own (autocast, no_grad)")
         proxy: ValueProxy = super().create_proxy(kind, target, args, kwargs)  # type: ignore[assignment]
         order = next(self.recorder.order)
-        proxy.node.meta.update(value=value, stale=stale, line=_user_line(self.frame.module), order=order)
-        proxy.node.meta["version"] = value._version if isinstance(value, Tensor) else 0
+        proxy.node.meta.update(line=_user_line(self.frame.module), order=order, changes=frozenset())
+        self.give_value(proxy.node, value)
         return proxy
+
+    def give_value(self, node: fx.Node, value: Any) -> None:
+        """Make `value`, as it is now, the example value of `node`."""
+        node.meta.update(value=value, version=0)
+        if isinstance(value, Tensor):
+            node.meta["version"] = value._version
+            self._newest[id(value)] = node
 
     def unwrap(self, tree: Any) -> Any:
         """The example values in a structure of proxies."""
@@ -298,6 +353,11 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
         return module.forward
     bound: Callable[..., Any] = written.forward.__get__(module)
     return bound
+
+
+def storage(tensor: Tensor) -> int:
+    """What a tensor and its views have in common."""
+    return id(tensor if tensor._base is None else tensor._base)
 
 
 def _contexts() -> tuple[bool, ...]:

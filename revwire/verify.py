@@ -175,7 +175,7 @@ class _Runs:
         self.pristine, self.plan, self.coupling = pristine, plan, coupling
         self.args, self.kwargs = args, kwargs
         self.original = copy.deepcopy(pristine)
-        self.parallel = any(len(r.terms) > 1 for r in found.residuals)
+        self.parallel = any(r.parallel for r in found.residuals)
         self._before = _storages(pristine)
         # from here on the pristine model is the rewired one that every run copies
         apply_plan(pristine, plan, found, Options(coupling))
