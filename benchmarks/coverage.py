@@ -1,0 +1,328 @@
+"""Every architecture, planned; one of each family, verified.
+
+    python -m benchmarks.coverage --help
+
+Each architecture is planned on the meta device, its bytes between forward and backward are counted before and after
+rewiring, and its residual additions are counted a second time by other means (`benchmarks.operators`). The smallest
+rewired model of each family then goes through the whole `revwire.verify` with real tensors. A sweep that was stopped goes
+on where it stopped; one that finds a model worse off than the committed results fails.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import revwire
+from benchmarks import coverage_report, record
+from benchmarks.operators import ResidualCounter
+from benchmarks.zoo import SOURCES, Entry, entries
+from revwire.coupling import Re2TAL
+from revwire.memory.measure import LiveBytes
+from revwire.probe import make_plan, probe
+from revwire.program import Options
+from revwire.surgery import apply_plan, call_arguments
+
+NAME = "coverage"
+PATIENCE_S = 600
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning one architecture showed.
+
+    Attributes:
+        source: The library.
+        family: The library's module.
+        name: The architecture.
+        verdict: `"rewired"`, `"cannot"`, or `"failed"` where it did not even run.
+        chains: Steps of each chain.
+        residuals: Residuals in the longest run on one trunk, as counted from the operators.
+        seconds: Time to plan.
+        parameters: Number of parameters.
+        held: Bytes between forward and backward of a training step at `zoo.BATCH`, None where the meta device
+            cannot run it.
+        held_rewired: The same, rewired.
+        reason: Why not, where it cannot be rewired.
+    """
+
+    source: str
+    family: str
+    name: str
+    verdict: str
+    chains: tuple[int, ...] = ()
+    residuals: int = 0
+    seconds: float = 0.0
+    parameters: int = 0
+    held: int | None = None
+    held_rewired: int | None = None
+    reason: str = ""
+
+    @property
+    def key(self) -> str:
+        """`timm/resnet50`."""
+        return f"{self.source}/{self.name}"
+
+    @property
+    def missed(self) -> bool:
+        """Whether there are residuals in a row, and none was rewired."""
+        return self.verdict != "rewired" and self.residuals > 1
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verifying the representative of a family showed: the failed checks and the worst gradient errors."""
+
+    source: str
+    family: str
+    name: str
+    ok: bool
+    input: tuple[int, ...] = ()
+    float64: float | None = None
+    float32: float | None = None
+    seconds: float = 0.0
+    failed: str = ""
+
+    @property
+    def key(self) -> str:
+        """`timm/resnet`: the family."""
+        return f"{self.source}/{self.family}"
+
+
+@functools.cache
+def _by_key() -> dict[str, Entry]:
+    return {entry.key: entry for entry in entries(tuple(SOURCES))}
+
+
+def plan_one(key: str) -> Planned:
+    """Plan one architecture and count its bytes; never raises."""
+    entry = _by_key()[key]
+    about = entry.source, entry.family, entry.name
+    try:
+        with _at_most(PATIENCE_S), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _plan(entry)
+    except Exception as error:  # noqa: BLE001 - a sweep goes on, and reports it
+        return Planned(*about, "failed", reason=f"{type(error).__name__}: {error}"[:300])
+
+
+def _plan(entry: Entry) -> Planned:
+    model, inputs = entry.outline()
+    args, kwargs = call_arguments(model, inputs)
+    model.eval()
+    with torch.no_grad(), ResidualCounter() as counter:
+        model(*args, **kwargs)
+    start = time.perf_counter()
+    found = probe(model, args, kwargs)
+    plan = make_plan(found, "re2tal")
+    seconds = round(time.perf_counter() - start, 2)
+    about = entry.source, entry.family, entry.name
+    figures: dict[str, Any] = {
+        "residuals": counter.longest,
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if not plan.chains:
+        return Planned(*about, "cannot", **figures, reason=coverage_report.reason_of(plan))
+    model.train()
+    held = _held(model, args, kwargs)
+    apply_plan(model, plan, found, Options(Re2TAL()))
+    del found
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs the original forward.*")
+        rewired = _held(model, args, kwargs)
+    chains = tuple(len(chain.steps) for chain in plan.chains)
+    return Planned(*about, "rewired", chains, **figures, held=held, held_rewired=rewired)
+
+
+def _held(model: Any, args: Any, kwargs: Any) -> int:
+    gc.collect()
+    with LiveBytes() as meter:
+        output = model(*args, **kwargs)
+        held = meter.live
+    del output
+    return held
+
+
+def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
+    """Verify one architecture at the smallest input that leaves its chains as they are; never raises."""
+    entry = _by_key()[key]
+    about = entry.source, entry.family, entry.name
+    start = time.perf_counter()
+    error: Exception | None = None
+    for build in entry.small:
+        try:
+            with _at_most(PATIENCE_S), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.manual_seed(0)
+                model, inputs = build()
+                model.eval()
+                if tuple(len(chain.steps) for chain in revwire.plan(model, inputs).chains) != chains:
+                    continue
+                report = revwire.verify(model, inputs)
+        except Exception as problem:  # noqa: BLE001 - too small an input, mostly: the next one is larger
+            error = problem
+            continue
+        worst = {c.name: c.figure for c in report.checks}
+        failed = "; ".join(f"{c.name}: {c.figure:.2g} > {c.bound:.2g} {c.detail}" for c in report.checks if not c.ok)
+        precise, single = (
+            max(value for name, value in worst.items() if name.startswith("gradients") and name.endswith(kind))
+            for kind in ("float64", "float32")
+        )
+        args, kwargs = call_arguments(model, inputs)
+        shape = next((tuple(t.shape) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), ())
+        seconds = round(time.perf_counter() - start, 1)
+        return Verified(*about, report.ok, shape, precise, single, seconds, failed)
+    return Verified(*about, ok=False, failed=f"{type(error).__name__}: {error}"[:300])
+
+
+def representatives(rows: Iterable[Planned]) -> list[Planned]:
+    """The rewired model with the fewest parameters of each family."""
+    smallest: dict[tuple[str, str], Planned] = {}
+    for row in rows:
+        if row.verdict == "rewired":
+            known = smallest.setdefault((row.source, row.family), row)
+            if row.parameters < known.parameters:
+                smallest[row.source, row.family] = row
+    return list(smallest.values())
+
+
+class _at_most:  # noqa: N801 - reads as a context
+    """Raises TimeoutError in the block after so many seconds."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        def late(*_: object) -> None:
+            raise TimeoutError(f"took more than {self.seconds} s")
+
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(self.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
+
+
+class Diary:
+    """Results as they come, one JSON object a line: what a stopped sweep goes on from."""
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path = path
+        if fresh:
+            path.unlink(missing_ok=True)
+
+    def read(self) -> tuple[dict[str, Planned], dict[str, Verified]]:
+        """What is done: rows by architecture, verified representatives by family."""
+        planned: dict[str, Planned] = {}
+        verified: dict[str, Verified] = {}
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                data = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that was being written when the sweep was stopped
+            row = coverage_report.row(data)
+            if isinstance(row, Planned):
+                planned[row.key] = row
+            else:
+                verified[row.key] = row
+        return planned, verified
+
+    def write(self, row: Planned | Verified) -> None:
+        """Add one row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+def _worker() -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _in_workers(
+    workers: int, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], progress: Progress, title: str
+) -> Iterator[Any]:
+    task = progress.add_task(title, total=len(calls))
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_worker, max_tasks_per_child=60
+    )
+    with pool:
+        waiting = {pool.submit(function, *args): args[0] for function, args in calls}
+        for future in concurrent.futures.as_completed(waiting):
+            progress.update(task, advance=1, description=f"{title}: {waiting[future]}")
+            yield future.result()
+
+
+def main(
+    source: Annotated[
+        list[str] | None, typer.Option("--source", "-s", help=f"{', '.join(SOURCES)}; repeat; all if not given.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Glob of SOURCE/NAME, such as 'timm/vit_*'.")] = "*",
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = os.cpu_count() or 1,
+    verify: Annotated[bool, typer.Option(help="Verify a model of each family too.")] = True,
+    fresh: Annotated[bool, typer.Option(help="Start anew instead of going on where a sweep was stopped.")] = False,
+    accept: Annotated[bool, typer.Option(help="Write the results down even where they got worse.")] = False,
+) -> None:
+    """Plan every architecture, verify one of each family, compare with the committed results, write them down.
+
+    The whole sweep: python -m benchmarks.coverage
+
+    One family: python -m benchmarks.coverage --only 'timm/convnext*'
+    """
+    console = Console()
+    chosen = tuple(source or SOURCES)
+    if unknown := [s for s in chosen if s not in SOURCES]:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SOURCES)}", param_hint="--source")
+    wanted = [e.key for e in entries(chosen) if fnmatchcase(e.key, only)]
+    diary = Diary(record.RESULTS / f"{NAME}.partial.jsonl", fresh=fresh)
+    planned, verified = diary.read()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        calls = [(plan_one, (key,)) for key in wanted if key not in planned]
+        for row in _in_workers(workers, calls, progress, "plan"):
+            planned[row.key] = row
+            diary.write(row)
+        if verify:
+            chosen_rows = representatives(planned[key] for key in wanted)
+            todo = [r for r in chosen_rows if f"{r.source}/{r.family}" not in verified]
+            calls = [(verify_one, (row.key, row.chains)) for row in todo]
+            for result in _in_workers(workers, calls, progress, "verify"):
+                verified[result.key] = result
+                diary.write(result)
+    rows = [planned[key] for key in wanted]
+    reports = [v for v in verified.values() if any(v.key == f"{r.source}/{r.family}" for r in rows)]
+    console.print(coverage_report.summary(rows, reports))
+    whole = only == "*" and chosen == tuple(SOURCES) and verify
+    worse = coverage_report.worse(record.RESULTS / f"{NAME}.json", rows, reports)
+    for line in worse:
+        console.print(f"[red]worse than before:[/] {line}")
+    if whole and (not worse or accept):
+        coverage_report.save(rows, reports, statistics.median(r.seconds for r in rows))
+        diary.path.unlink(missing_ok=True)
+    wrong = [r for r in reports if not r.ok] + [r for r in rows if r.missed or r.verdict == "failed"]
+    if worse or wrong:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

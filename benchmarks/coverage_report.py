@@ -1,0 +1,173 @@
+"""Telling what the coverage sweep found: a summary to print, JSON, and docs/coverage.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from benchmarks import record, zoo
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.coverage import Planned, Verified
+    from revwire.plan import Plan
+
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+_MIB = 2**20
+
+
+def reason_of(plan: Plan) -> str:
+    """Why a plan has no chains, in a sentence or two: its most frequent reasons, each with one place."""
+    if not plan.skipped:
+        return "no residual additions"
+    kinds = Counter(_kind(s.reason) for s in plan.skipped)
+    told: list[str] = []
+    for kind, count in kinds.most_common(2):
+        first = next(s for s in plan.skipped if _kind(s.reason) == kind)
+        more = f" (and {count - 1} like it)" if count > 1 else ""
+        told.append(f"{first.module or '(model)'}: {first.reason}{more}")
+    return "; ".join(told)
+
+
+def _kind(reason: str) -> str:
+    return re.sub(r"\([^)]*\)|\S*\d\S*", "#", reason)
+
+
+def row(data: dict[str, Any]) -> Planned | Verified:
+    """A row from its JSON form."""
+    from benchmarks.coverage import Planned, Verified
+
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    return Planned(**values) if "verdict" in values else Verified(**values)
+
+
+def summary(rows: Sequence[Planned], reports: Sequence[Verified]) -> Table:
+    """What to print at the end: a line for each library, and every family that is not as it should be."""
+    table = Table(title="coverage", title_justify="left")
+    for heading in ("library", "architectures", "rewired", "residuals in a row, not rewired", "did not run", "verified"):
+        table.add_column(heading, justify="left" if heading == "library" else "right", overflow="fold")
+    for source in dict.fromkeys(r.source for r in rows):
+        mine = [r for r in rows if r.source == source]
+        checked = [v for v in reports if v.source == source]
+        table.add_row(
+            source,
+            str(len(mine)),
+            str(sum(r.verdict == "rewired" for r in mine)),
+            " ".join(r.name for r in mine if r.missed) or "0",
+            " ".join(r.name for r in mine if r.verdict == "failed") or "0",
+            f"{sum(v.ok for v in checked)} of {len(checked)}",
+        )
+    for report in reports:
+        if not report.ok:
+            table.add_row(report.key, report.name, "", "", "", f"[red]{report.failed}[/]")
+    return table
+
+
+def worse(path: Path, rows: Sequence[Planned], reports: Sequence[Verified]) -> list[str]:
+    """What the committed results have and these have not."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    then = {(r["source"], r["name"]): r for r in before["architectures"]}
+    found: list[str] = []
+    for now in rows:
+        was = then.get((now.source, now.name))
+        if was is None:
+            continue
+        if was["verdict"] == "rewired" and now.verdict != "rewired":
+            found.append(f"{now.key} was rewired, now: {now.reason}")
+        elif sum(now.chains) < sum(was["chains"]):
+            found.append(f"{now.key} had {sum(was['chains'])} steps, now {sum(now.chains)}")
+    passed = {(v["source"], v["family"]) for v in before["verified"] if v["ok"]}
+    found += [f"{v.key} was verified, now: {v.failed}" for v in reports if (v.source, v.family) in passed and not v.ok]
+    return found
+
+
+def save(rows: Sequence[Planned], reports: Sequence[Verified], median_seconds: float) -> None:
+    """Write benchmarks/results/coverage.json and docs/coverage.md."""
+    document = {
+        **record.origin("benchmarks.coverage"),
+        "batch": zoo.BATCH,
+        "median_seconds_to_plan": round(median_seconds, 2),
+        "architectures": [asdict(r) for r in rows],
+        "verified": [asdict(v) for v in sorted(reports, key=lambda v: v.key)],
+    }
+    text = json.dumps(document, indent=1)
+    # one architecture a line: a diff of two sweeps shows what changed
+    text = re.sub(r"\n {3,}", " ", text)
+    (record.RESULTS / "coverage.json").write_text(re.sub(r"\n  \}", " }", text) + "\n", encoding="utf-8")
+    PAGE.write_text(page(document), encoding="utf-8")
+
+
+def page(document: dict[str, Any]) -> str:
+    """docs/coverage.md from the JSON document."""
+    rows: list[dict[str, Any]] = document["architectures"]
+    checked = {(v["source"], v["family"]): v for v in document["verified"]}
+    parts = [_HEAD.format(line=record.in_one_line(document), **document)]
+    for source in dict.fromkeys(r["source"] for r in rows):
+        mine = [r for r in rows if r["source"] == source]
+        done = sum(r["verdict"] == "rewired" for r in mine)
+        parts += [f"## {source}", "", f"{done} of {len(mine)} architectures are rewired.", ""]
+        parts += ["| family | rewired | verified model | steps | MiB held, plain | rewired | remains |"]
+        parts += ["|---|---|---|---|---|---|---|"]
+        families = sorted({r["family"] for r in mine}, key=str.lower)
+        cannot: list[str] = []
+        for family in families:
+            members = [r for r in mine if r["family"] == family]
+            shown = checked.get((source, family))
+            if shown is not None:
+                parts.append(_line(family, members, shown))
+            cannot += _cannot(family, members)
+        parts += ["", f"### {source}: not rewired, and why", "", *_alike(cannot), ""]
+    return "\n".join(parts)
+
+
+def _line(family: str, members: list[dict[str, Any]], shown: dict[str, Any]) -> str:
+    done = sum(r["verdict"] == "rewired" for r in members)
+    model = next(r for r in members if r["name"] == shown["name"])
+    steps = f"{sum(model['chains'])} in {len(model['chains'])}"
+    verdict = f"{shown['name']}" + ("" if shown["ok"] else " **FAILED**")
+    figures = "? | ? | ?"
+    if model["held"]:
+        before, after = model["held"] / _MIB, model["held_rewired"] / _MIB
+        figures = f"{before:.0f} | {after:.0f} | {after / before:.0%}"
+    return f"| {family} | {done} of {len(members)} | {verdict} | {steps} | {figures} |"
+
+
+def _cannot(family: str, members: list[dict[str, Any]]) -> list[str]:
+    return [f"{family}|{r['name']}|{r['reason']}" for r in members if r["verdict"] != "rewired"]
+
+
+def _alike(lines: list[str]) -> list[str]:
+    """One entry for all architectures of a family that cannot be rewired for the same reason."""
+    if not lines:
+        return ["None."]
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for line in lines:
+        family, name, reason = line.split("|", 2)
+        groups.setdefault((family, _kind(reason)), []).append((name, reason))
+    told: list[str] = []
+    for (family, _), members in groups.items():
+        names = ", ".join(name for name, _ in members)
+        told.append(f"- **{family}** ({names}): {members[0][1]}")
+    return told
+
+
+_HEAD = """\
+# What can be rewired
+
+Made by `make coverage` ({line}); every architecture is in [coverage.json](../benchmarks/results/coverage.json).
+
+Each architecture was planned on the meta device at its own input size (median {median_seconds_to_plan} s). *Held* is what a training
+step keeps between forward and backward at batch {batch}, of the model named. That model, the smallest of its family, went through
+the whole `revwire.verify` with real tensors: decomposition bit-equal to the original network, gradients against plain autograd
+in float64 and float32, in train mode (drop path and dropout on) and in eval mode, bytes per step, and the way back. What the step holds after rewiring is
+what lies outside of the chains (stem, downsampling, head) and two tensors for each chain.
+"""
