@@ -4,8 +4,8 @@
 
 Each architecture is planned on the meta device, its bytes between forward and backward are counted before and after
 rewiring, and its residual additions are counted a second time by other means (`benchmarks.operators`). The smallest
-rewired model of each family then goes through the whole `revwire.verify` with real tensors. A sweep that was stopped goes
-on where it stopped; one that finds a model worse off than the committed results fails.
+rewired model of each family then goes through the whole `revwire.verify` with real tensors. A sweep that was stopped
+goes on where it stopped; one that finds a model worse off than the committed results fails.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ import signal
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import revwire
 from benchmarks import coverage_report, record
@@ -40,6 +45,10 @@ from revwire.memory.measure import LiveBytes
 from revwire.probe import make_plan, probe
 from revwire.program import Options
 from revwire.surgery import apply_plan, call_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
 NAME = "coverage"
 PATIENCE_S = 600
@@ -182,9 +191,13 @@ def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
             error = problem
             continue
         worst = {c.name: c.figure for c in report.checks}
-        failed = "; ".join(f"{c.name}: {c.figure:.2g} > {c.bound:.2g} {c.detail}" for c in report.checks if not c.ok)
+        failed = "; ".join(
+            f"{c.name}: {c.figure:.2g} > {c.bound:.2g} {c.detail}" for c in report.checks if not c.ok
+        )
         precise, single = (
-            max(value for name, value in worst.items() if name.startswith("gradients") and name.endswith(kind))
+            max(
+                value for name, value in worst.items() if name.startswith("gradients") and name.endswith(kind)
+            )
             for kind in ("float64", "float32")
         )
         args, kwargs = call_arguments(model, inputs)
@@ -275,12 +288,15 @@ def _in_workers(
 
 def main(
     source: Annotated[
-        list[str] | None, typer.Option("--source", "-s", help=f"{', '.join(SOURCES)}; repeat; all if not given.")
+        list[str] | None,
+        typer.Option("--source", "-s", help=f"{', '.join(SOURCES)}; repeat; all if not given."),
     ] = None,
     only: Annotated[str, typer.Option(help="Glob of SOURCE/NAME, such as 'timm/vit_*'.")] = "*",
     workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = os.cpu_count() or 1,
     verify: Annotated[bool, typer.Option(help="Verify a model of each family too.")] = True,
-    fresh: Annotated[bool, typer.Option(help="Start anew instead of going on where a sweep was stopped.")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Start anew instead of going on where a sweep was stopped.")
+    ] = False,
     accept: Annotated[bool, typer.Option(help="Write the results down even where they got worse.")] = False,
 ) -> None:
     """Plan every architecture, verify one of each family, compare with the committed results, write them down.

@@ -51,7 +51,14 @@ def row(data: dict[str, Any]) -> Planned | Verified:
 def summary(rows: Sequence[Planned], reports: Sequence[Verified]) -> Table:
     """What to print at the end: a line for each library, and every family that is not as it should be."""
     table = Table(title="coverage", title_justify="left")
-    for heading in ("library", "architectures", "rewired", "residuals in a row, not rewired", "did not run", "verified"):
+    for heading in (
+        "library",
+        "architectures",
+        "rewired",
+        "residuals in a row, not rewired",
+        "did not run",
+        "verified",
+    ):
         table.add_column(heading, justify="left" if heading == "library" else "right", overflow="fold")
     for source in dict.fromkeys(r.source for r in rows):
         mine = [r for r in rows if r.source == source]
@@ -86,7 +93,11 @@ def worse(path: Path, rows: Sequence[Planned], reports: Sequence[Verified]) -> l
         elif sum(now.chains) < sum(was["chains"]):
             found.append(f"{now.key} had {sum(was['chains'])} steps, now {sum(now.chains)}")
     passed = {(v["source"], v["family"]) for v in before["verified"] if v["ok"]}
-    found += [f"{v.key} was verified, now: {v.failed}" for v in reports if (v.source, v.family) in passed and not v.ok]
+    found += [
+        f"{v.key} was verified, now: {v.failed}"
+        for v in reports
+        if (v.source, v.family) in passed and not v.ok
+    ]
     return found
 
 

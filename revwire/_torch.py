@@ -9,6 +9,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import SUPPORTED_NODES as NODES
 from torch.utils._pytree import (
     TreeSpec,
     register_pytree_node,
@@ -20,6 +21,7 @@ from torch.utils._pytree import (
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 
 __all__ = [
+    "NODES",
     "CheckpointFrame",
     "DataDependentOutputException",
     "FakeTensorMode",

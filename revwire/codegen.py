@@ -108,7 +108,9 @@ def _step_call(
     call = graph.call_function(run, (_Self(), copies[residual.skip], *sides))  # type: ignore[arg-type]
     if not residual.shared:
         return dict.fromkeys((residual.total, residual.result), call)
-    trunk, *inner = (graph.call_function(operator.getitem, (call, i)) for i in range(1 + len(residual.shared)))
+    trunk, *inner = (
+        graph.call_function(operator.getitem, (call, i)) for i in range(1 + len(residual.shared))
+    )
     return {residual.total: trunk, residual.result: trunk, **dict(zip(residual.shared, inner, strict=True))}
 
 

@@ -32,8 +32,8 @@ class Step:
         branch: Paths of the child modules the residual branch calls, relative to `module`.
         sides: Names of what else the branch reads from its frame (a rope table, a mask).
         post: The operation after the addition that moves into the branch (an activation), if there is one.
-        scale: What multiplies the trunk in the addition, if it is not added as it is; the branch is then the whole block
-            less the trunk, `F(x) = s * x + f(x) - x`.
+        scale: What multiplies the trunk in the addition, if it is not added as it is; the branch is then the whole
+            block less the trunk, `F(x) = s * x + f(x) - x`.
         line: `file.py:123`, where the addition stands in the source.
     """
 

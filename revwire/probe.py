@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from revwire._torch import DataDependentOutputException, tree_flatten
+from revwire._torch import DataDependentOutputException
+from revwire.dataflow import rearranges
 from revwire.errors import RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
 from revwire.record import Recorder
-from revwire.residual import Residual, find_residuals, rearranges
+from revwire.residual import Residual, find_residuals
+from revwire.structure import tree_leaves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,8 +123,8 @@ def make_plan(
         for f in found.frames
         if f.failure and _matters(f, planned)
     ]
-    if not found.residuals and not found.notes and (reason := _without_sums(found)) is not None:
-        skipped.append(reason)
+    if not found.residuals and not found.notes and (told := _without_sums(found)) is not None:
+        skipped.append(told)
     return Plan(
         type(found.model).__name__,
         coupling,
@@ -160,10 +162,13 @@ def _chains(
             where = outer.frame.path or "(model)"
             reasons[_key(residual)] = f"runs inside the branch of {where}, which is rewired as a whole"
         else:
+            shape, source = (
+                "x".join(map(str, residual.skip.meta["value"].shape)),
+                _source_of(residual, callers),
+            )
             reasons[_key(residual)] = (
-                f"the residual at {residual.line} stands alone: its trunk "
-                f"({'x'.join(map(str, residual.skip.meta['value'].shape))}) {_source_of(residual, callers)}, and no residual "
-                "goes on with its sum unchanged"
+                f"the residual at {residual.line} stands alone: its trunk ({shape}) {source}, and no residual goes on "
+                "with its sum unchanged"
             )
     return kept
 
@@ -177,7 +182,7 @@ def _source_of(residual: Residual, callers: dict[fx.Node, Frame]) -> str:
             parent, caller = frame.parent, frame.caller
             if parent is None or caller is None or parent.graph is None:
                 return "comes in from outside"
-            leaves = tree_flatten((caller.args, caller.kwargs))[0]
+            leaves = tree_leaves((caller.args, caller.kwargs))
             source, frame = leaves[int(str(node.target)[len("input_") :])], parent
         elif rearranges(node):
             source = node.all_input_nodes[0]
@@ -198,7 +203,9 @@ def _without_sums(found: Probe) -> Skipped | None:
     joins = next((n for n in nodes if n.target in {torch.cat, torch.concat, torch.concatenate}), None)
     if joins is None:
         return None
-    return Skipped("", f"features are joined by concatenation ({joins.meta['line']}), never by adding to a trunk")
+    return Skipped(
+        "", f"features are joined by concatenation ({joins.meta['line']}), never by adding to a trunk"
+    )
 
 
 def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from revwire._torch import TreeSpec, not_compiled, tree_flatten, tree_unflatten
+from revwire._torch import TreeSpec, not_compiled
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.record import Recorder
 from revwire.residual import Residual, find_residuals
 from revwire.streams import Streams, as_tensor, settle
+from revwire.structure import tree_flatten, tree_unflatten
 from revwire.tape import Branch
 from revwire.trace import TENSOR, Frame, TraceFailure, original_forward
 
@@ -175,6 +176,7 @@ def run_step(
     shared: list[tuple[Any, ...]] = []
 
     def branch(x: Tensor, *rest: Any) -> Tensor:
+        out: Tensor
         out, *inner = code.branch(module, x, *rest)
         if inner and not shared:
             shared.append(tuple(inner))
@@ -206,8 +208,9 @@ def run_step(
     if not shared:
         return following
     # the branch outlives the forward, and must not keep what it handed out: an empty tuple tells it that it did
-    (inner,), shared[:] = shared, [()]
-    return (following, *inner)
+    handed = shared[0]
+    shared[0] = ()
+    return (following, *handed)
 
 
 def _is_streams(value: object) -> bool:

@@ -20,15 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from revwire._torch import (
-    CheckpointFrame,
-    FakeTensorMode,
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_unflatten,
-)
+from revwire._torch import CheckpointFrame, FakeTensorMode
+from revwire.attributes import Attributes
 from revwire.rearrange import is_rearrangement
+from revwire.structure import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.trace import (
     TENSOR,
     Frame,
@@ -191,25 +186,22 @@ class Recorder:
             for i, leaf in enumerate(leaves)
         ]
         args, kwargs = tree_unflatten(inputs, frame.spec)
-        attributes = _state(module)
+        attributes = Attributes(module)
         tracer.expected_random = _python_random()
         self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
         except BaseException:
-            _put_back(module, attributes)
+            attributes.put_back()
             raise
         finally:
             self.tracing = None
         if not _same_structure((inputs, frame.spec), (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
-        now = _state(module)
-        if changed := sorted(key for key, value in now.items() if attributes.get(key, now) is not value):
+        if changed := attributes.changed():
             # what it stored are proxies, which the run that follows must not find
-            _put_back(module, attributes)
-            raise TraceFailure(
-                f"stores a value on the module in forward: {', '.join(key for _, key in changed)}"
-            )
+            attributes.put_back()
+            raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
         _check_random(tracer)
         tracer.graph.output(tracer.create_arg(tracer.fresh(output)))
         _drop_unused(tracer.graph)
@@ -295,15 +287,12 @@ def _patched_functions(recorder: Recorder) -> Iterator[None]:
 @contextmanager
 def _attributes_kept(root: nn.Module) -> Iterator[None]:
     """Every module's attributes, parameters and buffers as they were, whatever a forward stores in them."""
-    kept = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in root.modules()]
+    kept = [Attributes(module) for module in root.modules()]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers in kept:
-            stores: Any = (module._parameters, module._buffers, module.__dict__)
-            for target, source in zip(stores, (parameters, buffers, attributes), strict=True):
-                target.clear()
-                target.update(source)
+        for attributes in kept:
+            attributes.put_back()
 
 
 @contextmanager
@@ -344,20 +333,6 @@ def _drop_unused(graph: fx.Graph) -> None:
         pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
         if node.op == "call_function" and pure and not node.users and not node.meta["changes"]:
             graph.erase_node(node)
-
-
-def _stores(module: nn.Module) -> dict[str, dict[str, Any]]:
-    return {"": module.__dict__, "parameters": module._parameters, "buffers": module._buffers}
-
-
-def _state(module: nn.Module) -> dict[tuple[str, str], Any]:
-    return {(store, key): value for store, held in _stores(module).items() for key, value in held.items()}
-
-
-def _put_back(module: nn.Module, state: dict[tuple[str, str], Any]) -> None:
-    for store, held in _stores(module).items():
-        held.clear()
-        held.update({key: value for (of, key), value in state.items() if of == store})
 
 
 def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:

@@ -7,23 +7,17 @@ merely scaled (`s * x + F(x)`) counts. What looks like a residual and cannot bec
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from revwire._torch import tree_leaves
-from revwire.rearrange import is_rearrangement
-from revwire.trace import Frame, Identity, original_forward, storage, updated
+from revwire.dataflow import ancestors, between, dependents, rearranges, seen_through
+from revwire.elementwise import is_elementwise, scaled
+from revwire.trace import Frame, Identity, storage, updated
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-_ASSERT = torch._assert  # noqa: SLF001 - what traced code calls
 _ADDITIONS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_}
 
 
@@ -39,7 +33,7 @@ class Residual:
         terms: What is added to the skip, in order: the outputs of the branches. Of a scaled skip, all that is summed.
         inside: Nodes between `skip` and `total`: the branch.
         post: Elementwise operations after the sum that move into the branch, in order.
-        scale: Where the sum adds the trunk scaled (`s * x`), the node that scales; the branch is then `s * x + F(x) - x`.
+        scale: Where the sum adds the trunk scaled (`s * x`), the node that does; the branch is then `s * x + F(x) - x`.
         refused: Why this residual cannot become a step, if it cannot.
     """
 
@@ -137,11 +131,11 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
             continue
         terms = _flatten(total, inner)
         if (skip := _skip_of(frame, terms)) is not None:
-            branches = tuple(t for t in terms if _seen_through(frame, t) is not skip)
-            found.append(Residual(frame, 0, skip, total, branches, _between(skip, branches)))
+            branches = tuple(t for t in terms if seen_through(frame, t) is not skip)
+            found.append(Residual(frame, 0, skip, total, branches, between(skip, branches)))
         elif (scaled := _scaled_skip_of(frame, terms)) is not None:
             skip, scale = scaled
-            found.append(Residual(frame, 0, skip, total, terms, _between(skip, terms), scale=scale))
+            found.append(Residual(frame, 0, skip, total, terms, between(skip, terms), scale=scale))
         elif reason := _near_miss(frame, total, terms):
             reasons.append(reason)
     found.reverse()
@@ -181,7 +175,7 @@ def _flatten(total: fx.Node, inner: set[fx.Node]) -> tuple[fx.Node, ...]:
 
 def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
     for term in terms:
-        source = _seen_through(frame, term)
+        source = seen_through(frame, term)
         others = [t for t in terms if t is not term]
         if all(_broadcasts_into(o, source) for o in others) and _computed_from(source, others):
             return source
@@ -190,16 +184,14 @@ def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
 
 def _computed_from(source: fx.Node, terms: list[fx.Node]) -> bool:
     """Whether all terms depend on the values of `source`, and not only because it was what changed them in place."""
-    dependents = _dependents(source)
-    return dependents.issuperset(terms) and all(
-        t.target is not updated or t.args[0] in dependents for t in terms
-    )
+    after = dependents(source)
+    return after.issuperset(terms) and all(t.target is not updated or t.args[0] in after for t in terms)
 
 
 def _scaled_skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node] | None:
     """The trunk of a sum that adds it scaled, and the node that scales it."""
     for term in terms:
-        if (source := _scaled(frame, term)) is None:
+        if (source := scaled(frame, term)) is None:
             continue
         others = [t for t in terms if t is not term]
         if all(_broadcasts_into(o, source) for o in others) and _computed_from(source, others):
@@ -215,112 +207,22 @@ def _broadcasts_into(term: fx.Node, trunk: fx.Node) -> bool:
         return False
 
 
-def _seen_through(frame: Frame, node: fx.Node) -> fx.Node:
-    """The node whose value `node` passes on: behind `nn.Identity`, the identity's input."""
-    while node.op == "call_module" and _is_identity(frame.module.get_submodule(str(node.target))):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_identity(module: nn.Module) -> bool:
-    if type(module) is nn.Sequential:
-        return all(map(_is_identity, module))
-    return type(module) is nn.Identity
-
-
-_PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div}
-_PRODUCT_METHODS = {"mul", "mul_", "div", "div_", "multiply", "__mul__", "__rmul__", "__truediv__"}
-
-
-def _scaled(frame: Frame, node: fx.Node) -> fx.Node | None:
-    """The trunk that `node` is a multiple of, element by element; None if it is no such thing."""
-    value = node.meta.get("value")
-    if not isinstance(value, Tensor):
-        return None
-    if node.op == "call_module":
-        child = frame.module.get_submodule(str(node.target))
-        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
-        scales = len(sources) == 1 and sources[0].meta["value"].shape == value.shape and _is_scale(child, value.shape)
-        return sources[0] if scales else None
-    names = _PRODUCT_METHODS if node.op == "call_method" else _PRODUCTS
-    if node.target not in names or node.kwargs or len(node.args) != 2:
-        return None
-    divides = "div" in getattr(node.target, "__name__", str(node.target))
-    for source, factor in zip(node.args, reversed(node.args), strict=True):
-        if isinstance(source, fx.Node) and isinstance(held := source.meta.get("value"), Tensor):
-            depends = isinstance(factor, fx.Node) and factor in _dependents(source) | {source}
-            if held.shape == value.shape and source.op != "get_attr" and not depends:
-                return _seen_through(frame, source)
-        if divides:
-            break
-    return None
-
-
-def _is_scale(module: nn.Module, shape: torch.Size) -> bool:
-    """Whether a module multiplies each element by a number of its own, proven by trying."""
-    if any(True for _ in module.children()) or any(p.numel() > shape.numel() for p in module.parameters()):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    tried = copy.deepcopy(module).to_empty(device="cpu").double()
-    for tensor in (*tried.parameters(), *tried.buffers()):
-        tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-    sample = torch.randn(2, *shape[1:], generator=generator, dtype=torch.float64)
-    try:
-        with torch.no_grad():
-            call = original_forward(tried)
-            result, factors = call(sample), call(torch.ones_like(sample))
-            return torch.allclose(result, sample * factors, rtol=1e-9, atol=1e-12)
-    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no scale
-        return False
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    waiting = [i for n in nodes for i in n.all_input_nodes]
-    while waiting:
-        if (node := waiting.pop()) not in seen:
-            seen.add(node)
-            waiting.extend(node.all_input_nodes)
-    return seen
-
-
-def _between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """Nodes that depend on the values of `skip` and that `ends` are or depend on, in graph order."""
-    after = _dependents(skip)
-    inside = after & (_ancestors(ends) | set(ends))
-    inside |= {n for n in after if n.target is _ASSERT and inside.intersection(n.all_input_nodes)}
-    return tuple(n for n in skip.graph.nodes if n in inside)
-
-
-def _dependents(source: fx.Node) -> set[fx.Node]:
-    """Nodes computed from the values of `source`; what only reads its shape is not among them."""
-    seen: set[fx.Node] = set()
-    waiting = [user for user in source.users if _carries_values(user)]
-    while waiting:
-        if (node := waiting.pop()) not in seen:
-            seen.add(node)
-            waiting.extend(node.users)
-    return seen
-
-
-def _carries_values(node: fx.Node) -> bool:
-    return node.target is _ASSERT or any(isinstance(v, Tensor) for v in tree_leaves(node.meta.get("value")))
-
-
 def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str | None:
     """The reason, if a sum looks like a residual to a reader and is none."""
     where = f"the sum at {total.meta['line']}"
     shared = [
         n
-        for n in _ancestors([terms[0]]) & _ancestors(terms[1:])
+        for n in ancestors([terms[0]]) & ancestors(terms[1:])
         if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr"
     ]
     for term in terms:
         others = [t for t in terms if t is not term]
-        source = _seen_through(frame, term)
-        if source.target is updated and {*others, *_ancestors(others)}.intersection(source.all_input_nodes[1:]):
+        source = seen_through(frame, term)
+        if source.target is updated and {*others, *ancestors(others)}.intersection(
+            source.all_input_nodes[1:]
+        ):
             return f"{where} adds what its branch has changed in place, so there is no unchanged input to go back to"
-        if _dependents(source).issuperset(others):
+        if dependents(source).issuperset(others):
             shapes = " and ".join("x".join(map(str, t.meta["value"].shape)) for t in (term, *others))
             return f"{where} adds tensors of different shapes ({shapes})"
     if shared and any(t.op == "call_module" for t in terms):
@@ -332,21 +234,25 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
 def _refusal(residual: Residual) -> str | None:
     where = f"the residual at {residual.line}"
     own = {*residual.inside, *residual.post, *residual.sums}
-    outside = {storage(n.meta["value"]) for n in (residual.skip, *residual.sides) if isinstance(n.meta["value"], Tensor)}
+    outside = {
+        storage(n.meta["value"])
+        for n in (residual.skip, *residual.sides)
+        if isinstance(n.meta["value"], Tensor)
+    }
     if any(outside & node.meta["changes"] for node in (*residual.inside, *residual.post)):
-        return f"{where} changes a tensor in place that its branch is given, so the branch cannot be run again"
+        return (
+            f"{where} changes a tensor in place that its branch is given, so the branch cannot be run again"
+        )
     for node in own:
         for user in node.users.keys() - own:
             if user.target is updated and node in user.all_input_nodes[1:]:
-                what = "adds to a part of a larger tensor" if node in residual.sums else "changes a tensor of its branch"
+                what = (
+                    "adds to a part of a larger tensor"
+                    if node in residual.sums
+                    else "changes a tensor of its branch"
+                )
                 return f"{where} {what} in place, which the code after it reads"
     return None
-
-
-def rearranges(node: fx.Node) -> bool:
-    """Whether a node only moves the values of its first argument around."""
-    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
-    return node.op != "call_module" and is_rearrangement(function, node.args, node.kwargs)
 
 
 def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, ...]:
@@ -355,7 +261,7 @@ def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, 
     node = residual.total
     while len(node.users) == 1 and node not in skips:
         (user,) = node.users
-        if not _is_elementwise(residual.frame, user, node):
+        if not is_elementwise(residual.frame, user, node):
             break
         post.append(user)
         node = user
@@ -363,55 +269,3 @@ def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, 
     if not post or not (ends_frame or node in skips):
         return ()
     return tuple(post)
-
-
-def _is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node is an activation or dropout on `source`, proven by trying.
-
-    It acts on each element alone, so it commutes with any shuffle; and it does more than scale, or nothing at all.
-    """
-    if (
-        node.op == "output"
-        or node.all_input_nodes != [source]
-        or not isinstance(node.meta.get("value"), Tensor)
-    ):
-        return False
-    if node.meta["value"].shape != source.meta["value"].shape:
-        return False
-    call: Any
-    if node.op == "call_module":
-        module = copy.copy(frame.module.get_submodule(str(node.target)))
-        module.training = False  # dropout acts on each element alone too, but would shuffle the proof
-        if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-            return False
-        call = original_forward(module)
-    elif node.op == "call_function" and node.args and node.args[0] is source:
-        call = _Rest(node.target, node.args[1:], node.kwargs)
-    elif node.op == "call_method":
-        call = _Rest(getattr(Tensor, str(node.target), None), node.args[1:], node.kwargs)
-    else:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(3, 5, *(2 for _ in source.meta["value"].shape[2:]), generator=generator)
-    shuffle = torch.randperm(sample.numel(), generator=generator)
-    try:
-        result = call(sample.clone())
-        direct = result.flatten()[shuffle]
-        shuffled = call(sample.flatten()[shuffle].reshape(sample.shape).clone()).flatten()
-        # a scaled trunk is no activation: x + F(x) halved after each block is another network than F(x) halved
-        scales = torch.equal(call(-2 * sample), -2 * result) and not torch.equal(result, sample)
-    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no activation
-        return False
-    return bool(torch.equal(direct, shuffled)) and not scales
-
-
-@dataclass(frozen=True)
-class _Rest:
-    """A recorded function with all but its first argument filled in."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, tensor: Tensor) -> Any:
-        return self.function(tensor, *self.args, **self.kwargs)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revwire._torch import register_pytree_node, tree_leaves, tree_map
+from revwire._torch import register_pytree_node
 from revwire.errors import RewireError
 from revwire.rearrange import inverse, is_rearrangement
+from revwire.structure import tree_leaves, tree_map
 from revwire.tape import Branch, Link, Tape
 
 if TYPE_CHECKING:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from revwire._torch import TreeSpec, tree_flatten, tree_map
+from revwire.structure import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from revwire._torch import TreeSpec
     from revwire.record import Recorder
 
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
@@ -285,7 +286,7 @@ class FrameTracer(TracerBase):
 
     def versions(self, *tree: Any) -> list[tuple[Tensor, int]]:
         """The tensors among the arguments of a call, with their in-place versions."""
-        leaves = (p.value for p in tree_flatten(tree)[0] if type(p) is ValueProxy)
+        leaves = (p.value for p in tree_leaves(tree) if type(p) is ValueProxy)
         return [(value, value._version) for value in leaves if isinstance(value, Tensor)]
 
     def note_changes(self, node: fx.Node, before: list[tuple[Tensor, int]]) -> None:
@@ -357,7 +358,8 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
 
 def storage(tensor: Tensor) -> int:
     """What a tensor and its views have in common."""
-    return id(tensor if tensor._base is None else tensor._base)
+    base = tensor._base
+    return id(tensor if base is None else base)
 
 
 def _contexts() -> tuple[bool, ...]:

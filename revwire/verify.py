@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import tree_leaves, tree_map
 from revwire.coupling import Coupling, Original, coupling_of
 from revwire.errors import RewireError
 from revwire.memory.measure import LiveBytes, mean_square
 from revwire.probe import Probe, probe
 from revwire.program import Options
+from revwire.structure import tree_leaves, tree_map
 from revwire.surgery import (
     Globs,
     apply_plan,

@@ -6,57 +6,14 @@ import weakref
 
 import pytest
 import torch
+from agreement import WIDTH, agrees, inputs
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
 from revwire import ReplayError
-from revwire.coupling import Original, Re2TAL
-from revwire.probe import make_plan, probe
 from revwire.program import Options
-from revwire.surgery import apply_plan, options_of, with_options
-
-WIDTH = 6
-
-
-def rewired(model, x, coupling=None):
-    """The model rewired with any coupling, `Original` (the plain recurrence) included."""
-    found = probe(model, (x,), {})
-    kind = coupling or Re2TAL()
-    apply_plan(model, make_plan(found, kind.name), found, Options(kind))
-    return model
-
-
-def agrees(make, x, *, steps, seed=0):
-    """The rewritten code is the original network, and its reversible gradients are plain autograd's."""
-    for training in (False, True):
-        torch.manual_seed(seed)
-        original = make().double().train(training)
-        rewritten = rewired(make().double(), x, Original()).train(training)
-        rewritten.load_state_dict(original.state_dict())
-        assert sum(1 for _ in revwire.plan_of(rewritten).steps) == steps
-        outputs = []
-        for model in (original, rewritten):
-            torch.manual_seed(seed)
-            outputs.append(model(x))
-        torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
-        model = revwire.rewire(original, x)
-        gradients = []
-        for replay in (False, True):
-            copy = with_options(model, Options(options_of(model).coupling, replay)).train(training)
-            torch.manual_seed(seed)
-            inner = x.clone().requires_grad_()
-            copy(inner).square().sum().backward()
-            gradients.append([inner.grad, *(p.grad for p in copy.parameters())])
-        for kept, replayed in zip(*gradients, strict=True):
-            if kept is None and replayed is None:
-                continue
-            assert kept.norm() > 0
-            torch.testing.assert_close(replayed, kept, rtol=1e-9, atol=1e-12)
-
-
-def inputs(*shape):
-    return torch.randn(*(shape or (3, WIDTH)), dtype=torch.float64)
+from revwire.surgery import options_of, with_options
 
 
 class Written(nn.Module):
@@ -268,7 +225,9 @@ def through_a_view(module, x):
 
 
 REFUSED = {
-    "changes a tensor in place that its branch is given": lambda self, x: x + torch.ones(3, WIDTH).mul_(self.body(x)),
+    "changes a tensor in place that its branch is given": lambda self, x: (
+        x + torch.ones(3, WIDTH).mul_(self.body(x))
+    ),
     "adds to a part of a larger tensor in place": through_a_view,
     "stores a value on the module": lambda self, x: x + setattr_and_return(self, self.body(x)),
     "under a context of its own": lambda self, x: x + without_grad(self.body, x),

@@ -1,5 +1,6 @@
 """Plans: what they find, what they say of the rest, how they print and travel, and that planning leaves no trace."""
 
+import copy
 import random
 
 import pytest
@@ -203,3 +204,39 @@ def test_same_class_keys_and_tensors_and_exactly_back():
     assert [type(m) for m in model.modules()] == classes
     assert torch.equal(model(x), out)
     assert revwire.plan_of(model) is None
+
+
+class CachesItsBias(nn.Module):
+    """Attention as LeViT has it: in eval mode its bias is computed once and kept in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Parameter(torch.randn(8)), nn.Linear(8, 8)
+        self.cache, self.calls = {}, []
+
+    def forward(self, x):
+        self.calls.append(x.shape)
+        if self.training:
+            return self.body(x) + self.table * 2
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table * 2
+        return self.body(x) + self.cache["bias"]
+
+
+def test_planning_leaves_caches_inside_of_modules_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = CachesItsBias()
+
+        def forward(self, x):
+            return x + self.attn(x)
+
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 8)
+    wanted = copy.deepcopy(model).eval()(x)
+    assert len(revwire.plan(model, x).chains[0].steps) == 2
+    assert not model[0].attn.cache
+    assert not model[0].attn.calls
+    report = revwire.verify(model, x)
+    assert report.ok, report.to_dict()
+    torch.testing.assert_close(model.eval()(x), wanted)

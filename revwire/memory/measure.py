@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import TorchDispatchMode, is_traceable_wrapper_subclass, tree_leaves
+from revwire._torch import TorchDispatchMode, is_traceable_wrapper_subclass
 from revwire.errors import RevwireError
+from revwire.structure import tree_leaves
 
 Loss = Callable[[Any], Tensor]
 

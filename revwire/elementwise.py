@@ -1,0 +1,116 @@
+"""What an operation does to each element of the trunk, proven by trying: activations, dropout, scales."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from revwire.dataflow import dependents, seen_through
+from revwire.trace import Frame, original_forward
+
+_PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div}
+_PRODUCT_METHODS = {"mul", "mul_", "div", "div_", "multiply", "__mul__", "__rmul__", "__truediv__"}
+
+
+def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is an activation or dropout on `source`, proven by trying.
+
+    It acts on each element alone, so it commutes with any shuffle; and it does more than scale, or nothing at all.
+    """
+    if (
+        node.op == "output"
+        or node.all_input_nodes != [source]
+        or not isinstance(node.meta.get("value"), Tensor)
+    ):
+        return False
+    if node.meta["value"].shape != source.meta["value"].shape:
+        return False
+    call: Any
+    if node.op == "call_module":
+        module = copy.copy(frame.module.get_submodule(str(node.target)))
+        module.training = False  # dropout acts on each element alone too, but would shuffle the proof
+        if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+            return False
+        call = original_forward(module)
+    elif node.op == "call_function" and node.args and node.args[0] is source:
+        call = _Rest(node.target, node.args[1:], node.kwargs)
+    elif node.op == "call_method":
+        call = _Rest(getattr(Tensor, str(node.target), None), node.args[1:], node.kwargs)
+    else:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(3, 5, *(2 for _ in source.meta["value"].shape[2:]), generator=generator)
+    shuffle = torch.randperm(sample.numel(), generator=generator)
+    try:
+        result = call(sample.clone())
+        direct = result.flatten()[shuffle]
+        shuffled = call(sample.flatten()[shuffle].reshape(sample.shape).clone()).flatten()
+        # a scaled trunk is no activation: x + F(x) halved after each block is another network than F(x) halved
+        scales = torch.equal(call(-2 * sample), -2 * result) and not torch.equal(result, sample)
+    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no activation
+        return False
+    return bool(torch.equal(direct, shuffled)) and not scales
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """A recorded function with all but its first argument filled in."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, tensor: Tensor) -> Any:
+        return self.function(tensor, *self.args, **self.kwargs)
+
+
+def scaled(frame: Frame, node: fx.Node) -> fx.Node | None:
+    """The trunk that `node` is a multiple of, element by element; None if it is no such thing."""
+    value = node.meta.get("value")
+    if not isinstance(value, Tensor):
+        return None
+    if node.op == "call_module":
+        child = frame.module.get_submodule(str(node.target))
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+        scales = (
+            len(sources) == 1
+            and sources[0].meta["value"].shape == value.shape
+            and _is_scale(child, value.shape)
+        )
+        return sources[0] if scales else None
+    names = _PRODUCT_METHODS if node.op == "call_method" else _PRODUCTS
+    if node.target not in names or node.kwargs or len(node.args) != 2:
+        return None
+    divides = "div" in getattr(node.target, "__name__", str(node.target))
+    for source, factor in zip(node.args, reversed(node.args), strict=True):
+        if isinstance(source, fx.Node) and isinstance(held := source.meta.get("value"), Tensor):
+            depends = isinstance(factor, fx.Node) and factor in dependents(source) | {source}
+            if held.shape == value.shape and source.op != "get_attr" and not depends:
+                return seen_through(frame, source)
+        if divides:
+            break
+    return None
+
+
+def _is_scale(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a module multiplies each element by a number of its own, proven by trying."""
+    if any(True for _ in module.children()) or any(p.numel() > shape.numel() for p in module.parameters()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, *shape[1:], generator=generator, dtype=torch.float64)
+    try:
+        tried = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+        for tensor in (*tried.parameters(), *tried.buffers()):
+            tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            call = original_forward(tried)
+            result, factors = call(sample), call(torch.ones_like(sample))
+        scales = torch.allclose(result, sample * factors, rtol=1e-9, atol=1e-12)
+        return scales and not torch.equal(result, sample)  # dropout at rest is no scale
+    except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no scale
+        return False
