@@ -111,7 +111,8 @@ def torchvision_entries() -> Iterator[Entry]:
             own = (16, 224)
             sizes = ((frames, side), own)
         else:
-            own, sizes = ((224,), tuple((s,) for s in _SIDES))
+            own = (320,) if "ssd" in name else (224,)
+            sizes = tuple((side,) for side in _SIDES)
         small = tuple(partial(_small_torchvision, name, size) for size in sizes)
         yield Entry("torchvision", family, name, partial(_torchvision_outline, name, own), small)
 
@@ -127,8 +128,12 @@ def _torchvision(name: str, **more: Any) -> nn.Module:
 
 
 def _torchvision_outline(name: str, size: tuple[int, ...]) -> tuple[nn.Module, Any]:
-    with torch.device("meta"):
-        return _torchvision(name), _clip(BATCH, size)
+    try:
+        with torch.device("meta"):
+            model = _torchvision(name)
+    except NotImplementedError:  # it looks at numbers while it is built
+        model = _torchvision(name).to("meta")
+    return model, _clip(BATCH, size).to("meta")
 
 
 def _small_torchvision(name: str, size: tuple[int, ...]) -> tuple[nn.Module, Any]:

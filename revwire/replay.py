@@ -28,6 +28,8 @@ _KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
     (sdp.cudnn_sdp_enabled, sdp.enable_cudnn_sdp),
 )
 
+_MISSING = object()
+
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 """Types of attributes that are followed when a module replaces them in its forward."""
 
@@ -57,7 +59,8 @@ class Conditions:
     Attributes:
         parameters: The weights of the forward; another version of one at the second run is an error.
         modes: Whether each module was in train mode.
-        attributes: Values that modules replaced in the forward (a counter, a schedule), as they were before.
+        attributes: Values that modules replaced in the forward (a counter, a schedule, an entry of a cache), as they
+            were before: where they are held, their name, the value.
         buffers: Buffers the forward left alone, held to the same rule.
         loans: Buffers to stand in during the second run, as they were before the first.
         scratch: BatchNorms in training: their second run updates copies.
@@ -68,7 +71,7 @@ class Conditions:
 
     parameters: list[Held]
     modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
-    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    attributes: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     buffers: list[Held] = field(default_factory=list)
     loans: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     scratch: list[nn.Module] = field(default_factory=list)
@@ -106,8 +109,7 @@ class Conditions:
         for module, training in self.modes:
             if module.training is not training:
                 yield module.__dict__, "training", training
-        for module, key, value in self.attributes:
-            yield module.__dict__, key, value
+        yield from self.attributes
         yield from self._lent_buffers()
 
     def _lent_buffers(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -144,10 +146,12 @@ def observe(
     kernels = tuple(allowed() for allowed, _ in _KERNELS)
     conditions = Conditions(parameters=[], autocast=_autocast(device), kernels=kernels)
     before: list[tuple[Held, Tensor]] = []
-    attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in (m for top in modules for m in top.modules()):
         conditions.modes.append((module, module.training))
-        attributes.append((module, module.__dict__.copy()))
+        attributes.append((module.__dict__, module.__dict__.copy()))
+        caches = (held for key, held in module.__dict__.items() if type(held) is dict and key[0] != "_")
+        attributes.extend((cache, cache.copy()) for cache in caches)
         conditions.parameters.extend(
             _held(module, k, p) for k, p in module._parameters.items() if p is not None
         )
@@ -162,11 +166,12 @@ def observe(
     states = [RandomState.now(get, put) for get, put in _generators(device)]
     yield conditions
     conditions.random = [state for state in states if state.moved()]
-    for module, was in attributes:
-        now = module.__dict__
-        replaced = ((key, value) for key, value in was.items() if now.get(key, value) is not value)
+    for held_in, was in attributes:
+        replaced = ((k, v) for k, v in was.items() if held_in.get(k, v) is not v and isinstance(v, _PLAIN))
         # a structure could hold the graph of an earlier call, and each call's graph that of the one before
-        conditions.attributes += [(module, k, _plain(v)) for k, v in replaced if isinstance(v, _PLAIN)]
+        conditions.attributes += [(held_in, key, _plain(value)) for key, value in replaced]
+        if len(held_in) != len(was):
+            conditions.attributes += [(held_in, key, _MISSING) for key in held_in.keys() - was.keys()]
     for held, copy in before:
         if _moves(held):
             conditions.loans.append((held.module, held.key, copy))
@@ -213,16 +218,19 @@ def _check(held: Held, where: str) -> None:
 
 @contextmanager
 def _lent(owner: dict[str, Any], key: str, value: Any) -> Iterator[None]:
-    missing = object()
-    own = owner.get(key, missing)
-    owner[key] = value
+    own = owner.get(key, _MISSING)
+    _set(owner, key, value)
     try:
         yield
     finally:
-        if own is missing:
-            owner.pop(key, None)
-        else:
-            owner[key] = own
+        _set(owner, key, own)
+
+
+def _set(owner: dict[str, Any], key: str, value: Any) -> None:
+    if value is _MISSING:
+        owner.pop(key, None)
+    else:
+        owner[key] = value
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """A branch runs again in backward: under the conditions of its forward, whatever has changed since, and unnoticed."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import revwire
 from revwire import ReplayError
+from revwire.surgery import options_of, with_options
 
 # -- buffers and attributes -------------------------------------------------------------------------------------------
 
@@ -273,3 +275,38 @@ def test_parametrized_weights(branch):
             loss(net(x)).backward()
 
     agree(branch, run)
+
+
+class FillsACache(nn.Module):
+    """In eval mode its table is computed at the first call, and kept: an entry that the second run must not find."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.index, self.cache = nn.Parameter(torch.randn(9, 4)), torch.randperm(9)[:4], {}
+
+    def forward(self, x):
+        if self.training or "table" not in self.cache:
+            self.cache["table"] = self.table[self.index] * 2
+        return torch.tanh(x @ self.cache["table"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_cache_filled_in_forward_is_filled_again(training):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = FillsACache()
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    x = torch.randn(3, 4)
+    model = revwire.rewire(nn.Sequential(Block(), Block(), Block()), x).train(training)
+    plain = with_options(model, dataclasses.replace(options_of(model), replay=False)).train(training)
+    for net in (model, plain):
+        net(x).square().sum().backward()
+        kept = [block.body.cache["table"] for block in net]
+        assert all(table.grad_fn is not None for table in kept)
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert wanted.grad.norm() > 0
+        torch.testing.assert_close(found.grad, wanted.grad)
