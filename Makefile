@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench coverage clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.memory
+
+# every architecture of timm, torchvision and transformers; about an hour, and goes on where it was stopped
+coverage: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.coverage
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -40,6 +40,7 @@ import revwire
 from benchmarks import coverage_report, record
 from benchmarks.operators import ResidualCounter
 from benchmarks.zoo import SOURCES, Entry, entries
+from revwire import ReplayError
 from revwire.coupling import Re2TAL
 from revwire.memory.measure import LiveBytes
 from revwire.probe import make_plan, probe
@@ -187,6 +188,8 @@ def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
                 if tuple(len(chain.steps) for chain in revwire.plan(model, inputs).chains) != chains:
                     continue
                 report = revwire.verify(model, inputs)
+        except ReplayError as problem:
+            return Verified(*about, ok=False, failed=f"ReplayError: {problem}")
         except Exception as problem:  # noqa: BLE001 - too small an input, mostly: the next one is larger
             error = problem
             continue
