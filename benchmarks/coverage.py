@@ -10,7 +10,6 @@ goes on where it stopped; one that finds a model worse off than the committed re
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import gc
 import json
@@ -51,8 +50,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from revwire.plan import Plan
+
 NAME = "coverage"
 PATIENCE_S = 600
+VALUES_A_CHANNEL = 8
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
                 torch.manual_seed(0)
                 model, inputs = build()
                 model.eval()
-                if tuple(len(chain.steps) for chain in revwire.plan(model, inputs).chains) != chains:
+                plan = revwire.plan(model, inputs)
+                if tuple(len(chain.steps) for chain in plan.chains) != chains or not _well_posed(plan):
                     continue
                 report = revwire.verify(model, inputs)
         except ReplayError as problem:
@@ -208,6 +211,11 @@ def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
         seconds = round(time.perf_counter() - start, 1)
         return Verified(*about, report.ok, shape, precise, single, seconds, failed)
     return Verified(*about, ok=False, failed=f"{type(error).__name__}: {error}"[:300])
+
+
+def _well_posed(plan: Plan) -> bool:
+    """Whether BatchNorm in training has enough values a channel: of two, it makes a sign and no gradient."""
+    return all(torch.Size(s.trunk).numel() // max(s.trunk[1:]) >= VALUES_A_CHANNEL for s in plan.steps)
 
 
 def representatives(rows: Iterable[Planned]) -> list[Planned]:
@@ -279,14 +287,16 @@ def _in_workers(
 ) -> Iterator[Any]:
     task = progress.add_task(title, total=len(calls))
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_worker, max_tasks_per_child=60
-    )
-    with pool:
-        waiting = {pool.submit(function, *args): args[0] for function, args in calls}
-        for future in concurrent.futures.as_completed(waiting):
-            progress.update(task, advance=1, description=f"{title}: {waiting[future]}")
-            yield future.result()
+    # not concurrent.futures: there, Python 3.11 waits for ever when a worker has done its share of tasks
+    with context.Pool(workers, _worker, maxtasksperchild=50) as pool:
+        for key, result in pool.imap_unordered(_called, calls):
+            progress.update(task, advance=1, description=f"{title}: {key}")
+            yield result
+
+
+def _called(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[str, Any]:
+    function, args = call
+    return args[0], function(*args)
 
 
 def main(
