@@ -92,6 +92,9 @@ def _regularised(build: Callable[..., nn.Module]) -> nn.Module:
         except (RevwireError, TypeError, AssertionError):
             continue
         taken[argument] = 0.1
+    if any(isinstance(m, nn.Dropout) and m.inplace for m in model.modules()) and "attn_drop_rate" in taken:
+        # dropout in place on a softmax's output: plain autograd refuses it too (tnt)
+        model = build(**{**taken, "attn_drop_rate": 0.0})
     return model
 
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from revwire.trace import Frame
 
+# what takes the dtype, device or shape of its arguments and not their values; the second kind, of all but the first
+_LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
+_LIKE |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+_AS = {"type_as", "expand_as", "view_as", "reshape_as"}
+
 _ASSERT = torch._assert  # noqa: SLF001 - what traced code calls
 
 
@@ -51,9 +56,9 @@ def between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
 
 
 def dependents(source: fx.Node) -> set[fx.Node]:
-    """Nodes computed from the values of `source`; what only reads its shape is not among them."""
+    """Nodes computed from the values of `source`; what only reads its shape or dtype is not among them."""
     seen: set[fx.Node] = set()
-    waiting = [user for user in source.users if _carries_values(user)]
+    waiting = [user for user in source.users if _reads_values(user, source)]
     while waiting:
         if (node := waiting.pop()) not in seen:
             seen.add(node)
@@ -61,8 +66,11 @@ def dependents(source: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _carries_values(node: fx.Node) -> bool:
-    return node.target is _ASSERT or any(isinstance(v, Tensor) for v in tree_leaves(node.meta.get("value")))
+def _reads_values(user: fx.Node, source: fx.Node) -> bool:
+    name = getattr(user.target, "__name__", str(user.target))
+    if name in _LIKE or (name in _AS and user.args[0] is not source):
+        return False
+    return user.target is _ASSERT or any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
 
 
 def rearranges(node: fx.Node) -> bool:

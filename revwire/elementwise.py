@@ -1,17 +1,21 @@
-"""What an operation does to each element of the trunk, proven by trying: activations, dropout, scales."""
+"""What operations do to the elements of a trunk, proven by trying: activations, norms, scales, sums piece by piece."""
 
 from __future__ import annotations
 
 import copy
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from revwire.dataflow import dependents, seen_through
+from revwire.structure import tree_leaves
 from revwire.trace import Frame, original_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 _PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div}
 _PRODUCT_METHODS = {"mul", "mul_", "div", "div_", "multiply", "__mul__", "__rmul__", "__truediv__"}
@@ -55,6 +59,15 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
     except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no activation
         return False
     return bool(torch.equal(direct, shuffled)) and not scales
+
+
+def is_norm(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is a normalisation layer on `source`: a module of that name that keeps the shape."""
+    if node.op != "call_module" or node.all_input_nodes != [source]:
+        return False
+    value = node.meta.get("value")
+    named = "norm" in type(frame.module.get_submodule(str(node.target))).__name__.lower()
+    return named and isinstance(value, Tensor) and value.shape == source.meta["value"].shape
 
 
 @dataclass(frozen=True)
@@ -114,3 +127,83 @@ def _is_scale(module: nn.Module, shape: torch.Size) -> bool:
         return scales and not torch.equal(result, sample)  # dropout at rest is no scale
     except Exception:  # noqa: BLE001 - whatever does not run on a plain tensor is no scale
         return False
+
+
+_PIECES = {operator.getitem, torch.cat, torch.concat, torch.concatenate}
+_PIECES |= {
+    getattr(torch, name) for name in ("narrow", "select", "split", "chunk", "unbind", "squeeze", "unsqueeze")
+}
+_PIECE_METHODS = {"narrow", "select", "split", "chunk", "unbind", "squeeze", "unsqueeze", "tensor_split"}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A trunk put together again: the trunk, the additions onto its slices, and what those add."""
+
+    trunk: fx.Node
+    additions: frozenset[fx.Node]
+    added: frozenset[fx.Node]
+
+
+def pieced(node: fx.Node, additions: Container[fx.Node]) -> Pieces | None:
+    """The trunk that `node` puts together again from its slices, with something added to some of them.
+
+    `cat([x[:, :1], x[:, 1:] + F(x)], 1)`, as class tokens and partial residuals have it, is a residual of all of `x`.
+    Proven by trying: with what is added left out, a random `x` comes out as it went in.
+    """
+    if node.target not in {torch.cat, torch.concat, torch.concatenate}:
+        return None
+    leaves: set[fx.Node] = set()
+    used: set[fx.Node] = set()
+    _collect_pieces(node, additions, leaves, used)
+    value = node.meta["value"]
+    trunks = [
+        n for n in leaves if n.op != "get_attr" and getattr(n.meta["value"], "shape", None) == value.shape
+    ]
+    if len(trunks) != 1 or not used:
+        return None
+    sample = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        result = _put_together(node, additions, trunks[0], sample)
+        terms = {term for addition in used for term in addition.all_input_nodes}
+        added = {term for term in terms if _put_together(term, additions, trunks[0], sample) is None}
+    except (RuntimeError, IndexError, TypeError):
+        return None
+    whole = isinstance(result, Tensor) and torch.equal(result, sample)
+    return Pieces(trunks[0], frozenset(used), frozenset(added)) if whole else None
+
+
+def _collect_pieces(
+    node: fx.Node, additions: Container[fx.Node], leaves: set[fx.Node], used: set[fx.Node]
+) -> None:
+    if node in additions:
+        used.add(node)
+    elif not (node.target in _PIECES or (node.op == "call_method" and node.target in _PIECE_METHODS)):
+        leaves.add(node)
+        return
+    for source in node.all_input_nodes:
+        if any(isinstance(v, Tensor) for v in tree_leaves(source.meta["value"])):
+            _collect_pieces(source, additions, leaves, used)
+
+
+def _put_together(node: fx.Node, additions: Container[fx.Node], trunk: fx.Node, sample: Tensor) -> Any:
+    """The value of `node` for a trunk of `sample`, with what is added left out; None where it is not of the trunk."""
+    if node is trunk:
+        return sample
+    if node in additions:
+        terms = [_put_together(term, additions, trunk, sample) for term in node.all_input_nodes]
+        return next((term for term in terms if term is not None), None)
+    is_method = node.op == "call_method"
+    if node.target not in (_PIECE_METHODS if is_method else _PIECES):
+        return None
+
+    def value_of(source: fx.Node) -> Any:
+        held = source.meta["value"]
+        of_tensors = any(isinstance(v, Tensor) for v in tree_leaves(held))
+        return _put_together(source, additions, trunk, sample) if of_tensors else held
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+    if any(leaf is None for leaf in tree_leaves(args[:1])):
+        return None
+    function: Any = getattr(Tensor, str(node.target)) if is_method else node.target
+    return function(*args, **kwargs)

@@ -7,7 +7,7 @@ chained one are left alone; where a lone residual holds a chain inside its branc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from revwire.dataflow import rearranges
 from revwire.errors import RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
 from revwire.record import Recorder
-from revwire.residual import Residual, find_residuals
+from revwire.residual import Residual, find_residuals, name_of
 from revwire.structure import tree_leaves
 
 if TYPE_CHECKING:
@@ -84,7 +84,30 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
             residuals.extend(found)
             notes.extend((frame.path, reason) for reason in reasons)
     residuals.sort(key=lambda r: r.total.meta["order"])
+    residuals = _with_norms(residuals, recorder.origins)
     return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins)
+
+
+def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) -> list[Residual]:
+    """The residuals of post-norm blocks with their norm moved into the branch: the next one's trunk is its output.
+
+    The last block of a kind goes with the others: what its norm feeds is no residual's trunk.
+    """
+    entered: set[Identity] = set()
+    for residual in residuals:
+        at: Identity | None = residual.entering
+        while at is not None:
+            entered.add(at)
+            at = origins.get(at)
+    moved = {
+        (type(r.frame.module), r.index)
+        for r in residuals
+        if r.normed and r.leaving not in entered and replace(r, post=r.normed).leaving in entered
+    }
+    return [
+        replace(r, post=r.normed) if r.normed and (type(r.frame.module), r.index) in moved else r
+        for r in residuals
+    ]
 
 
 def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, real: bool) -> Recorder:
@@ -189,7 +212,7 @@ def _source_of(residual: Residual, callers: dict[fx.Node, Frame]) -> str:
         elif inner is not None and inner.graph is not None and inner.module._modules:
             source, frame = inner.graph.output_node().args[0], inner
         else:
-            path = f"{frame.path}.{node.target}".lstrip(".") if node.op == "call_module" else _name_of(node)
+            path = f"{frame.path}.{node.target}".lstrip(".") if node.op == "call_module" else name_of(node)
             line = "" if node.meta["line"].startswith("container.py") else f" ({node.meta['line']})"
             return f"comes out of {path}{line}"
         if not isinstance(source, fx.Node):
@@ -267,11 +290,7 @@ def _step(residual: Residual) -> Step:
         trunk=tuple(residual.skip.meta["value"].shape),
         branch=tuple(dict.fromkeys(str(n.target) for n in residual.inside if n.op == "call_module")),
         sides=tuple(residual.frame.label(n) for n in residual.sides),
-        post=" ".join(_name_of(n) for n in residual.post) or None,
-        scale=None if residual.scale is None else _name_of(residual.scale),
+        post=residual.post_name,
+        scale=None if residual.scale is None else name_of(residual.scale),
         line=residual.line,
     )
-
-
-def _name_of(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))

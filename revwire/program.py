@@ -8,7 +8,7 @@ original forward runs on the merged tensor, and says so once.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.record import Recorder
 from revwire.residual import Residual, find_residuals
 from revwire.streams import Streams, as_tensor, settle
-from revwire.structure import tree_flatten, tree_unflatten
+from revwire.structure import is_object, tree_flatten, tree_unflatten
 from revwire.tape import Branch
-from revwire.trace import TENSOR, Frame, TraceFailure, original_forward
+from revwire.trace import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,10 +49,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Planned:
-    """One residual of a frame as the plan wants it run: `last` steps hand on a plain tensor."""
+    """One residual of a frame as the plan wants it run.
+
+    Attributes:
+        name: What messages call the step.
+        last: Whether it ends its chain and hands on a plain tensor.
+        post: What moves into the branch after the sum.
+    """
 
     name: str
     last: bool
+    post: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,16 +71,25 @@ class Variant:
     constants: tuple[Any, ...]
     training: bool | None
     properties: dict[str, tuple[Any, ...]]
+    attributes: tuple[tuple[int, tuple[str, ...], Any], ...]
+    inlined: tuple[Inlined, ...]
 
-    def fits(self, leaves: list[Any], spec: TreeSpec, *, training: bool) -> bool:
-        """Whether a call with these argument leaves may run this code."""
-        if self.training not in {None, training} or len(leaves) != len(self.constants) or spec != self.spec:
+    def fits(self, module: nn.Module, leaves: list[Any], spec: TreeSpec) -> bool:
+        """Whether a call of `module` with these argument leaves may run this code."""
+        if self.inlined and not all(child.agrees(module) for child in self.inlined):
+            return False
+        if (
+            self.training not in {None, module.training}
+            or len(leaves) != len(self.constants)
+            or spec != self.spec
+        ):
             return False
         for leaf, constant in zip(leaves, self.constants, strict=True):
-            if _is_tensor(leaf) != (constant is TENSOR) or (
-                constant is not TENSOR and not _same(leaf, constant)
-            ):
+            found = TENSOR if _is_tensor(leaf) else constant_for(leaf)
+            if found is not constant and not _same(found, constant):
                 return False
+        if any(not _same(_read(leaves[i], names), value) for i, names, value in self.attributes):
+            return False
         return all(_properties(key, leaves) == value for key, value in self.properties.items())
 
 
@@ -88,13 +104,15 @@ class Program:
 
     def __init__(self, frame: Frame, planned: dict[int, Planned], options: Options) -> None:
         self.planned, self.options = planned, options
+        self.inlined = frozenset(frame.inlined)
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, bool]] = []
         self._add(frame)
 
     def __getstate__(self) -> dict[str, Any]:
         # generated code is made again where the program is loaded, at the first call
-        return {"planned": self.planned, "options": self.options, "_variants": [], "_refused": []}
+        own = {"planned": self.planned, "options": self.options, "inlined": self.inlined}
+        return {**own, "_variants": [], "_refused": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         copy = object.__new__(Program)
@@ -105,13 +123,13 @@ class Program:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward, rewired."""
         leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_streams)
-        tensors = [leaf for leaf in leaves if _is_tensor(leaf)]
+        inputs = [leaf for leaf in leaves if _is_tensor(leaf) or is_object(leaf)]
         for variant in self._variants:
-            if variant.fits(leaves, spec, training=module.training):
-                return variant.function(module, *tensors)
+            if variant.fits(module, leaves, spec):
+                return variant.function(module, *inputs)
         if (spec, module.training) not in self._refused:
             if (failure := self._trace(module, args, kwargs)) is None:
-                return self._variants[-1].function(module, *tensors)
+                return self._variants[-1].function(module, *inputs)
             self._refused.append((spec, module.training))
             warnings.warn(
                 f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {failure}",
@@ -121,7 +139,7 @@ class Program:
 
     def _trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Add a variant for a new way of calling; returns why there can be none."""
-        recorder = Recorder(module, nested=False)
+        recorder = Recorder(module, nested=False, inline=self.inlined)
         frame = Frame("", module)
         examples = recorder.example(_trunk_only((args, kwargs)))
         try:
@@ -141,7 +159,16 @@ class Program:
             if (planned := self.planned.get(residual.index)) is not None:
                 if residual.refused:
                     raise TraceFailure(f"has no residual here: {residual.refused}")
-                steps[residual] = self._runner(planned, step_code(residual))
+                chosen = (
+                    residual
+                    if residual.post_name == planned.post
+                    else replace(residual, post=residual.normed)
+                )
+                if chosen.post_name != planned.post:
+                    raise TraceFailure(
+                        f"has {chosen.post_name} after the sum where {planned.post} was planned"
+                    )
+                steps[chosen] = self._runner(planned, step_code(chosen))
         if len(steps) != len(self.planned):
             raise TraceFailure(f"has {len(steps)} residuals where {len(self.planned)} are planned")
         assert frame.spec is not None
@@ -154,6 +181,11 @@ class Program:
                 frame.constants,
                 frame.guards.training,
                 {key: _properties(key, leaves) for key in sorted(frame.guards.properties)},
+                tuple(
+                    (int(node[len("input_") :]), names, value)
+                    for (node, names), value in frame.guards.attributes.items()
+                ),
+                tuple(frame.inlined.values()),
             )
         )
 
@@ -226,6 +258,12 @@ def _same(left: Any, right: Any) -> bool:
         return left is right or (type(left) is type(right) and bool(left == right))
     except Exception:  # noqa: BLE001 - an object whose == is no yes or no is another object
         return False
+
+
+def _read(leaf: Any, names: tuple[str, ...]) -> Any:
+    for name in names:
+        leaf = getattr(leaf, name, None)
+    return leaf
 
 
 def _properties(key: str, leaves: list[Any]) -> tuple[Any, ...]:

@@ -21,22 +21,28 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from revwire._torch import CheckpointFrame, FakeTensorMode
-from revwire.attributes import Attributes
+from revwire.attributes import Attributes, uncached
+from revwire.dataflow import ancestors, seen_through
 from revwire.rearrange import is_rearrangement
-from revwire.structure import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from revwire.residual import joined_arguments
+from revwire.structure import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.trace import (
-    TENSOR,
     Frame,
     FrameTracer,
     Identity,
+    Inlined,
     TraceFailure,
     ValueProxy,
+    answering_isinstance,
+    constant_for,
     identity,
+    is_input,
+    may_inline,
     original_forward,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Recorder:
@@ -49,9 +55,12 @@ class Recorder:
         root: The model, or the one module.
         nested: Trace the frames of children too.
         real: Run on real tensors, for a model that decides by the numbers in them.
+        inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
     """
 
-    def __init__(self, root: nn.Module, *, nested: bool = True, real: bool = False) -> None:
+    def __init__(
+        self, root: nn.Module, *, nested: bool = True, real: bool = False, inline: Iterable[str] = ()
+    ) -> None:
         self.root = root
         self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self.frames: list[Frame] = []
@@ -62,6 +71,7 @@ class Recorder:
         self._calling: Frame | None = None
         self._alive: list[Any] = []
         self._names = {id(m): name for name, m in root.named_modules()}
+        self._inline = {id(root.get_submodule(path)) for path in inline}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -72,12 +82,14 @@ class Recorder:
             warnings.simplefilter("ignore")
             stack.enter_context(_random_kept())
             stack.enter_context(_attributes_kept(self.root))
+            stack.enter_context(uncached(self.root))
             self._stand_in_fakes()
             stack.enter_context(torch.enable_grad())
             if self.fake is not None:
                 stack.enter_context(self.fake)
             stack.enter_context(_patched_modules(self))
             stack.enter_context(_patched_functions(self))
+            stack.enter_context(answering_isinstance())
             stack.enter_context(_Functions(self))
             yield
 
@@ -95,11 +107,18 @@ class Recorder:
         return nn.Parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
     def example(self, tree: Any) -> Any:
-        """`tree` with fake tensors like its own (or, `real`, copies of them) in their place.
+        """`tree` with fake tensors like its own (or, `real`, copies of them) in their place; objects are copied.
 
         Call it before `recording`: inside, a real tensor would be detached on its way through the fake mode.
         """
-        return tree_map(lambda t: self._stand_in(t.detach()) if isinstance(t, Tensor) else t, tree)
+
+        def stand_in(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return self._stand_in(leaf.detach())
+            # an object that the run may change is a copy too, with fake tensors in it
+            return snapshot(leaf, stand_in) if is_object(leaf) else leaf
+
+        return tree_map(stand_in, tree)
 
     def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`function` on example values; remembers which results are mere rearrangements of which."""
@@ -134,18 +153,42 @@ class Recorder:
         if (path := tracer.paths.get(id(module))) is None:
             raise TraceFailure(f"calls a {type(module).__name__} that is no child of it")
         _check_random(tracer)
+        if id(module) in self._inline and may_inline(module):
+            return self._run_inline(tracer, path, module, args, kwargs)
         args, kwargs = tracer.fresh((args, kwargs))
         values, named = tracer.unwrap((args, kwargs))
         given = tree_flatten((values, named))
         before = tracer.versions(args, kwargs)
+        mark = len(self.frames)
         proxy = tracer.record("call_module", path, args, kwargs, None)
         result = self._run(module, values, named, proxy.node)
-        if not _same_structure(given, (values, named)):
-            raise TraceFailure(f"hands {path} a list or dict, which that changes")
-        tracer.expected_random = _python_random()  # what a child draws, it draws again when it runs
         tracer.give_value(proxy.node, result)
         tracer.note_changes(proxy.node, before)
+        changes_lists = not _same_structure(given, (values, named))
+        if self._nested and may_inline(module) and not proxy.node.meta["changes"]:
+            child = self.frames[mark] if len(self.frames) > mark else None
+            if changes_lists or (child is not None and _belongs_to_caller(child, tracer.frame, proxy.node)):
+                tracer.forget(proxy.node)
+                del self.frames[mark:]
+                self._inline.add(id(module))
+                return self._run_inline(tracer, path, module, args, kwargs)
+        if changes_lists:
+            raise TraceFailure(f"hands {path} a list or dict, which that changes")
+        tracer.expected_random = _python_random()  # what a child draws, it draws again when it runs
         return proxy
+
+    def _run_inline(
+        self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a child's code as part of the frame being traced."""
+        training = module.training if _reads_training(type(module)) else None
+        tracer.frame.inlined[path] = Inlined(path, type(module), training)
+        attributes = Attributes(module)
+        output = original_forward(module)(*args, **kwargs)
+        if changed := attributes.changed():
+            attributes.put_back()
+            raise TraceFailure(f"stores a value on {path} in forward: {', '.join(changed)}")
+        return output
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
         outer = self.tracing, self._calling
@@ -156,6 +199,8 @@ class Recorder:
                 return original_forward(module)(*args, **kwargs)
             mark = len(self.frames)
             self.frames.append(frame)
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if is_object(leaf)]
+            before = [snapshot(leaf, lambda tensor: tensor) for leaf in given]
             try:
                 return self.trace(frame, args, kwargs)
             except TraceFailure as failure:
@@ -165,6 +210,10 @@ class Recorder:
                 frame.graph = None
             del self.frames[mark + 1 :]
             self.tracing = None
+            for leaf, was in zip(given, before, strict=True):
+                leaf.__dict__.update(
+                    was.__dict__
+                )  # what the frame changed before it failed, it changes again
             return original_forward(module)(*args, **kwargs)
         finally:
             self.tracing, self._calling = outer
@@ -178,14 +227,15 @@ class Recorder:
         module = frame.module
         tracer = FrameTracer(self, frame)
         leaves, frame.spec = tree_flatten((args, kwargs))
-        frame.constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        frame.constants = tuple(map(constant_for, leaves))
         frame.arguments = _argument_names(module, args, kwargs)
         frame.guards.training = module.training if _reads_training(type(module)) else None
         inputs = [
-            tracer.record("placeholder", f"input_{i}", (), {}, leaf) if isinstance(leaf, Tensor) else leaf
+            tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
         args, kwargs = tree_unflatten(inputs, frame.spec)
+        given = tree_flatten((args, kwargs))
         attributes = Attributes(module)
         tracer.expected_random = _python_random()
         self.tracing = tracer
@@ -196,7 +246,7 @@ class Recorder:
             raise
         finally:
             self.tracing = None
-        if not _same_structure((inputs, frame.spec), (args, kwargs)):
+        if not _same_structure(given, (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
         if changed := attributes.changed():
             # what it stored are proxies, which the run that follows must not find
@@ -207,6 +257,24 @@ class Recorder:
         _drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
+
+
+def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
+    """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
+    if child.graph is None or (joined := joined_arguments(child)) is None:
+        return False
+    leaves = tree_leaves((node.args, node.kwargs))
+
+    def given(placeholder: fx.Node) -> fx.Node | None:
+        leaf = leaves[int(str(placeholder.target)[len("input_") :])]
+        return seen_through(frame, leaf) if isinstance(leaf, fx.Node) else None
+
+    skip, others = given(joined[0]), [given(other) for other in joined[1]]
+    if skip is None or None in others:
+        return False
+    sources = ancestors(n for n in others if n is not None) | set(others)
+    # both may be the caller's own arguments: then it is for the frame above to say
+    return skip in sources or skip.op == "placeholder"
 
 
 class _Functions(TorchFunctionMode):

@@ -10,13 +10,17 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from revwire.dataflow import ancestors, between, dependents, rearranges, seen_through
-from revwire.elementwise import is_elementwise, scaled
+from revwire.elementwise import is_elementwise, is_norm, pieced, scaled
 from revwire.trace import Frame, Identity, storage, updated
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, torch.Tensor.add, torch.Tensor.add_}
 
@@ -33,7 +37,9 @@ class Residual:
         terms: What is added to the skip, in order: the outputs of the branches. Of a scaled skip, all that is summed.
         inside: Nodes between `skip` and `total`: the branch.
         post: Elementwise operations after the sum that move into the branch, in order.
-        scale: Where the sum adds the trunk scaled (`s * x`), the node that does; the branch is then `s * x + F(x) - x`.
+        normed: The same with the norms that follow, where the trunk could go on from those (post-norm blocks).
+        scale: Where the sum adds the trunk scaled (`s * x`), or puts it together from slices, the node that does; the
+            branch is then all of it less the trunk, `s * x + F(x) - x`.
         refused: Why this residual cannot become a step, if it cannot.
     """
 
@@ -44,6 +50,7 @@ class Residual:
     terms: tuple[fx.Node, ...]
     inside: tuple[fx.Node, ...]
     post: tuple[fx.Node, ...] = ()
+    normed: tuple[fx.Node, ...] = ()
     scale: fx.Node | None = None
     refused: str | None = None
 
@@ -51,6 +58,11 @@ class Residual:
     def parallel(self) -> bool:
         """Whether several branches are summed, which the rewritten code does in an order of its own."""
         return len(self.terms) > (1 if self.scale is None else 2)
+
+    @property
+    def post_name(self) -> str | None:
+        """What moves into the branch after the sum, in words."""
+        return " ".join(name_of(node) for node in self.post) or None
 
     @property
     def result(self) -> fx.Node:
@@ -93,7 +105,7 @@ class Residual:
         frame reads those of its own trunk.
         """
         own = {*self.inside, *self.post, *self.sums}
-        inner = (n for n in self.inside if not own.issuperset(n.users))
+        inner = (n for n in self.inside if n is not self.total and not own.issuperset(n.users))
         return tuple(n for n in inner if not self._read_again(n))
 
     def _read_again(self, node: fx.Node) -> bool:
@@ -116,6 +128,11 @@ class Residual:
         return tuple(dict.fromkeys(n for n in read if n not in known and n.op != "get_attr"))
 
 
+def name_of(node: fx.Node) -> str:
+    """What a reader calls the operation of a node."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
 def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
     """All residual additions of a traced frame, in running order, and reasons why some sums are none.
 
@@ -126,22 +143,75 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
     found: list[Residual] = []
     reasons: list[str] = []
     inner: set[fx.Node] = set()
+    additions = {node for node in frame.graph.nodes if _is_addition(node)}
     for total in reversed(frame.graph.nodes):
-        if not _is_addition(total) or total in inner:
+        if total in inner:
+            continue
+        if (pieces := pieced(total, additions)) is not None and _computed_from(pieces.trunk, pieces.added):
+            inner |= pieces.additions
+            inside = between(pieces.trunk, (total,))
+            found.append(Residual(frame, 0, pieces.trunk, total, (total,), inside, scale=total))
+            continue
+        if total not in additions:
             continue
         terms = _flatten(total, inner)
-        if (skip := _skip_of(frame, terms)) is not None:
-            branches = tuple(t for t in terms if seen_through(frame, t) is not skip)
-            found.append(Residual(frame, 0, skip, total, branches, between(skip, branches)))
-        elif (scaled := _scaled_skip_of(frame, terms)) is not None:
-            skip, scale = scaled
+        if (skipped := _skip_of(frame, terms)) is not None:
+            branches = tuple(t for t in terms if seen_through(frame, t) is not skipped)
+            found.append(Residual(frame, 0, skipped, total, branches, between(skipped, branches)))
+        elif (changed := _changed_skip_of(frame, terms, additions)) is not None:
+            skip, scale = changed
+            inner |= {scale, *(n for n in between(skip, (scale,)) if n in additions)}
             found.append(Residual(frame, 0, skip, total, terms, between(skip, terms), scale=scale))
         elif reason := _near_miss(frame, total, terms):
             reasons.append(reason)
     found.reverse()
     skips = {residual.skip for residual in found}
-    ordered = [replace(r, index=i, post=_post_operations(r, skips)) for i, r in enumerate(found)]
-    return [replace(r, refused=_refusal(r)) for r in ordered], reasons[::-1]
+    ordered = [
+        replace(r, index=i, post=_post_operations(r, skips), normed=_post_operations(r, skips, norms=True))
+        for i, r in enumerate(found)
+    ]
+    return _without_cycles(frame, [replace(r, refused=_refusal(r)) for r in ordered]), reasons[::-1]
+
+
+def _without_cycles(frame: Frame, residuals: list[Residual]) -> list[Residual]:
+    """The residuals, those refused whose branches read inner values of each other: neither could run first."""
+    while True:
+        chosen = [r for r in residuals if not r.refused]
+        stuck = stuck_residuals(frame, chosen)
+        if not stuck:
+            return residuals
+        worst = max(stuck, key=lambda r: len(r.shared))
+        why = f"the residual at {worst.line} and another one read inner values of each other's branches"
+        residuals = [replace(r, refused=why) if r is worst else r for r in residuals]
+
+
+def stuck_residuals(frame: Frame, residuals: list[Residual]) -> list[Residual]:
+    """Those residuals that could not run as steps because each waits for what another one hands out."""
+    assert frame.graph is not None
+    sums = {residual.total: residual for residual in residuals}
+    inner = {n for r in residuals for n in (*r.inside, *r.post, *r.sums)} - sums.keys()
+    waiting = [node for node in frame.graph.nodes if node not in inner]
+    done: set[fx.Node] = set()
+    while waiting:
+        later = []
+        for node in waiting:
+            residual = sums.get(node)
+            reads = (residual.skip, *residual.sides) if residual else node.all_input_nodes
+            # an inner node that no step hands out is recomputed from what is at hand
+            if all(read in done or not _handed_out(read, residuals, done) for read in reads):
+                done.update((node,) if residual is None else (node, residual.result, *residual.shared))
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            return [sums[node] for node in later if node in sums]
+        waiting = later
+    return []
+
+
+def _handed_out(node: fx.Node, residuals: list[Residual], done: set[fx.Node]) -> bool:
+    """Whether `node` comes out of a step that is still to run, or is itself still to run."""
+    inside = any(node in r.inside and node not in r.shared and node is not r.total for r in residuals)
+    return node not in done and not inside
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -182,19 +252,23 @@ def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
     return None
 
 
-def _computed_from(source: fx.Node, terms: list[fx.Node]) -> bool:
+def _computed_from(source: fx.Node, terms: Collection[fx.Node]) -> bool:
     """Whether all terms depend on the values of `source`, and not only because it was what changed them in place."""
     after = dependents(source)
     return after.issuperset(terms) and all(t.target is not updated or t.args[0] in after for t in terms)
 
 
-def _scaled_skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node] | None:
-    """The trunk of a sum that adds it scaled, and the node that scales it."""
+def _changed_skip_of(
+    frame: Frame, terms: tuple[fx.Node, ...], additions: set[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    """The trunk of a sum that adds it scaled, or put together from pieces, and the node that does."""
     for term in terms:
-        if (source := scaled(frame, term)) is None:
-            continue
+        pieces = pieced(term, additions)
+        source = pieces.trunk if pieces else scaled(frame, term)
         others = [t for t in terms if t is not term]
-        if all(_broadcasts_into(o, source) for o in others) and _computed_from(source, others):
+        if source is None or not all(_broadcasts_into(o, source) for o in others):
+            continue
+        if _computed_from(source, [*others, *(pieces.added if pieces else ())]):
             return source, term
     return None
 
@@ -255,13 +329,15 @@ def _refusal(residual: Residual) -> str | None:
     return None
 
 
-def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """Elementwise operations after the sum up to the next trunk: the ReLU of a post-activation block."""
+def _post_operations(residual: Residual, skips: set[fx.Node], *, norms: bool = False) -> tuple[fx.Node, ...]:
+    """Elementwise operations (and norms) after the sum up to the next trunk: the ReLU of a post-activation block."""
     post: list[fx.Node] = []
     node = residual.total
     while len(node.users) == 1 and node not in skips:
         (user,) = node.users
-        if not is_elementwise(residual.frame, user, node):
+        if not (
+            is_elementwise(residual.frame, user, node) or (norms and is_norm(residual.frame, user, node))
+        ):
             break
         post.append(user)
         node = user
@@ -269,3 +345,34 @@ def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, 
     if not post or not (ends_frame or node in skips):
         return ()
     return tuple(post)
+
+
+def joined_arguments(frame: Frame) -> tuple[fx.Node, set[fx.Node]] | None:
+    """Where a frame hands on the sum of one argument and of what it made of others: the one, and the others.
+
+    `BertSelfOutput(hidden, input)` is `norm(dense(hidden) + input)`: a residual, but of the frame that calls it.
+    """
+    assert frame.graph is not None
+    for total in frame.graph.nodes:
+        if not _is_addition(total) or not _handed_on(total):
+            continue
+        terms = _flatten(total, set())
+        for term in terms:
+            skip, others = seen_through(frame, term), [t for t in terms if t is not term]
+            if skip.op != "placeholder" or skip.meta["value"].shape != total.meta["value"].shape:
+                continue
+            sources = {n for n in ancestors(others) | set(others) if n.op == "placeholder"}
+            sources = {n for n in sources if isinstance(n.meta["value"], Tensor)}
+            if sources and skip not in sources:
+                return skip, sources
+    return None
+
+
+def _handed_on(total: fx.Node) -> bool:
+    """Whether a sum, at most normed, activated or the like, is the (first) tensor that its frame returns."""
+    output = total.graph.output_node().all_input_nodes
+    node = output[0] if output else None
+    while node is not None and node is not total:
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+        node = sources[0] if len(sources) == 1 and node.op != "placeholder" else None
+    return node is total

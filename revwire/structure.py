@@ -1,19 +1,60 @@
 """Nested arguments and outputs, flattened to their leaves: torch's pytrees, and dataclasses besides.
 
 Models take and return dataclasses that nobody registered with torch's pytrees. They are opened here on the way in and
-made again on the way out, without their `__init__`, so that any dataclass will do.
+made again on the way out, without their `__init__`, so that any dataclass will do. Other objects that may hold tensors
+and change (a KV cache) are leaves, and can be copied as they are at one moment (`snapshot`).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from revwire import _torch
 from revwire._torch import NODES, TreeSpec, register_pytree_node
 
 IsLeaf = Callable[[Any], bool] | None
+
+
+_CONSTANT = (
+    Tensor, nn.Module, type, Enum, functools.partial, torch.Generator, ModuleType,
+    FunctionType, MethodType, BuiltinFunctionType,
+)  # fmt: skip
+
+
+def is_object(leaf: object) -> bool:
+    """Whether a leaf is an object with a state of its own: neither a tensor nor what stays as it is."""
+    return hasattr(leaf, "__dict__") and not isinstance(leaf, _CONSTANT)
+
+
+def snapshot(value: Any, of_tensor: Callable[[Tensor], Any], memo: dict[int, Any] | None = None) -> Any:
+    """A copy of an object's structure as it is now, with `of_tensor` of each tensor in it; constants stay the same."""
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        return memo.setdefault(id(value), of_tensor(value))
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(snapshot(item, of_tensor, memo) for item in value)
+    if isinstance(value, list | dict | set) or is_object(value):
+        # containers of any class, with the attributes they may have: nothing of theirs is called but copying
+        duplicate = memo[id(value)] = copy.copy(value)
+        if isinstance(value, list):
+            duplicate[:] = [snapshot(item, of_tensor, memo) for item in value]
+        elif isinstance(value, dict):
+            duplicate.update({key: snapshot(item, of_tensor, memo) for key, item in value.items()})
+        if hasattr(value, "__dict__"):
+            duplicate.__dict__.update({k: snapshot(item, of_tensor, memo) for k, item in vars(value).items()})
+        return duplicate
+    return value
 
 
 class _Opened:

@@ -214,7 +214,7 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         known = frame_steps.get(step.residual)
         # a step that a shared module runs in the middle of a chain too always hands on both streams
         ends = id(step) in last and (known is None or known.last)
-        frame_steps[step.residual] = Planned(step.name, ends)
+        frame_steps[step.residual] = Planned(step.name, ends, step.post)
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program] = {}
     for path, steps in wanted.items():

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revwire._torch import at_end_of_backward, backward_pass, keeps_graph, tree_leaves, tree_map
+from revwire._torch import at_end_of_backward, backward_pass, keeps_graph
 from revwire.errors import ReplayError
 from revwire.replay import Conditions, observe
+from revwire.structure import is_object, snapshot, tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -200,7 +201,7 @@ class Link:
         saved: dict[int, Tensor] = {}
         assert self.conditions is not None
         with self.conditions.restored(self.branch.name), torch.set_grad_enabled(keep):
-            out = self._rerun(x, saved) if keep else self.branch.function(x, *self.sides)
+            out = self._rerun(x, saved) if keep else self.branch.function(x, *_without_history(self.sides))
         if keep:
             now.saved[self.position] = saved
         if out is None:
@@ -283,9 +284,12 @@ def _no_backward(_: object) -> Tensor:
 
 def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:
     def detached(leaf: Any) -> Any:
-        return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+        if isinstance(leaf, Tensor):
+            return leaf.detach().requires_grad_(leaf.requires_grad)
+        # a KV cache that the branch adds to: each run finds it as the first one did
+        return snapshot(leaf, detached) if is_object(leaf) else leaf
 
-    return tuple(detached(s) if isinstance(s, Tensor) else tree_map(detached, s) for s in sides)
+    return tuple(tree_map(detached, side) for side in sides)
 
 
 def _versions(sides: tuple[Any, ...]) -> list[int]:

@@ -10,8 +10,10 @@ Here are the frame, its proxies and its graph; `revwire.record` runs the code.
 
 from __future__ import annotations
 
+import builtins
 import operator
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from revwire.structure import tree_leaves, tree_map
+from revwire.structure import is_object, tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +44,9 @@ _CONCRETE = {
 }
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 class TraceFailure(Exception):
     """A frame does something that a graph of it would not reproduce. Its message completes "the frame ..."."""
 
@@ -55,6 +60,24 @@ class _Marker:
 
 TENSOR = _Marker()
 """Marks the place of a tensor among the constants a frame was called with."""
+
+
+@dataclass(frozen=True)
+class ObjectOf:
+    """Marks the place of an object with a state of its own (a KV cache): any of its class may come there."""
+
+    cls: type
+
+
+def constant_for(leaf: Any) -> Any:
+    """What a call is compared by at the place of an argument: the argument itself where it is a constant."""
+    return TENSOR if isinstance(leaf, Tensor) else ObjectOf(type(leaf)) if is_object(leaf) else leaf
+
+
+def is_input(leaf: Any) -> bool:
+    """Whether an argument is handed to the graph at each call, and no constant in it."""
+    return isinstance(leaf, Tensor) or is_object(leaf)
+
 
 Identity = tuple[int, int]
 """A tensor as it was at one moment: the object and its in-place version."""
@@ -72,10 +95,42 @@ class Guards:
     Attributes:
         properties: Of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
         training: The mode it was traced in, if the frame's own code can see `self.training`; else None.
+        attributes: Attributes that the code read of objects it was given: (placeholder, names) to the value.
     """
 
     properties: set[str] = field(default_factory=set)
     training: bool | None = None
+    attributes: dict[tuple[str, tuple[str, ...]], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A child whose code was traced as part of its caller's frame.
+
+    Attributes:
+        path: Where it is, below the frame's module.
+        cls: Its class, whose forward was traced.
+        training: The mode it was traced in, if its code can see that; else None.
+    """
+
+    path: str
+    cls: type[nn.Module]
+    training: bool | None
+
+    def agrees(self, module: nn.Module) -> bool:
+        """Whether the child of `module` at this path would still run the code that was traced."""
+        child = module.get_submodule(self.path)
+        return type(child) is self.cls and self.training in {None, child.training} and may_inline(child)
+
+
+def may_inline(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's and nobody watches its calls."""
+    held = module.__dict__
+    hooked = any(
+        held[key]
+        for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+    return not hooked and "forward" not in held and not hasattr(type(module), "revwire_original")
 
 
 @dataclass
@@ -90,6 +145,7 @@ class Frame:
         spec: Structure of `(args, kwargs)`.
         constants: The leaves of that structure, with `TENSOR` for tensors.
         arguments: The leaves' names in the signature of `forward`.
+        inlined: Children whose code is part of this frame's graph, by path.
         parent: The frame that called this one, and `caller` the node of its graph that did.
     """
 
@@ -101,6 +157,7 @@ class Frame:
     spec: TreeSpec | None = None
     constants: tuple[Any, ...] = ()
     arguments: tuple[str, ...] = ()
+    inlined: dict[str, Inlined] = field(default_factory=dict)
     parent: Frame | None = None
     caller: fx.Node | None = None
 
@@ -112,7 +169,11 @@ class Frame:
 
 
 class ValueProxy(fx.Proxy):
-    """A proxy that knows its example value, so Python code can look at it and go on."""
+    """A proxy that knows its example value, so Python code can look at it and go on.
+
+    `isinstance` answers for the value where Python code asks (`answering_isinstance`). torch's C++ code, which asks
+    too, is told the truth: it would take a proxy that claims to be a tensor for one, and crash.
+    """
 
     tracer: FrameTracer
 
@@ -124,14 +185,6 @@ class ValueProxy(fx.Proxy):
         """The example value this proxy stands for."""
         return self.node.meta["value"]
 
-    @property
-    def __class__(self) -> type:  # what isinstance() sees in the code being traced
-        return type(self.value) if not isinstance(self.value, Tensor) else torch.Tensor
-
-    @__class__.setter
-    def __class__(self, _: type) -> None:
-        raise AttributeError("__class__")
-
     def __getattr__(self, name: str) -> Any:
         if isinstance(self.value, Tensor):
             if name in _CONCRETE:
@@ -141,15 +194,35 @@ class ValueProxy(fx.Proxy):
                 raise TraceFailure(f"reads .{name} of a tensor")
         if not hasattr(self.value, name):
             raise AttributeError(name)
+        if self.of_object and isinstance(value := getattr(self.value, name), _PLAIN):
+            return self._pinned(name, value)
         if callable(getattr(self.value, name)):
             return lambda *args, **kwargs: self.tracer.create_proxy(
                 "call_method", name, (self, *args), kwargs
             )
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    @property
+    def of_object(self) -> bool:
+        """Whether the value is an object with a state, or came out of one."""
+        return bool(self.node.meta["of_object"])
+
+    def _pinned(self, name: str, value: Any) -> Any:
+        """A plain attribute of an object: a constant of the graph, which holds for calls that agree on it."""
+        names: tuple[str, ...] = (name,)
+        node = self.node
+        while node.op == "call_function" and node.target is getattr:
+            names, node = (str(node.args[1]), *names), node.all_input_nodes[0]
+        if node.op != "placeholder":
+            raise TraceFailure(f"reads {name!r} of what an object returned")
+        self.tracer.guards.attributes[str(node.target), names] = value
+        return value
+
     def _concrete(self) -> Any:
         if isinstance(self.value, Tensor):
             raise TraceFailure("decides by the numbers in a tensor")
+        if self.of_object:
+            raise TraceFailure(f"decides by what an object returned ({self.node.name})")
         self.tracer.guards.properties.add("shape")
         return self.value
 
@@ -169,6 +242,8 @@ class ValueProxy(fx.Proxy):
         return id(self) if isinstance(self.value, Tensor) else hash(self._concrete())
 
     def __len__(self) -> int:
+        if self.of_object and not isinstance(self.value, tuple):
+            raise TraceFailure(f"decides by what an object returned ({self.node.name})")
         if isinstance(self.value, Tensor):
             self.tracer.guards.properties.add("shape")
         return len(self.value)
@@ -192,6 +267,23 @@ class ValueProxy(fx.Proxy):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueProxy:
         return self
+
+
+@contextmanager
+def answering_isinstance() -> Iterator[None]:
+    """For the length of the block, `isinstance(proxy, kinds)` holds where it holds for the proxy's value."""
+    original = builtins.isinstance
+
+    def answer(thing: Any, kinds: Any) -> bool:
+        if type(thing) is ValueProxy and original(thing.value, kinds):
+            return True
+        return original(thing, kinds)
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 def _inplace_operator(name: str) -> Callable[[ValueProxy, Any], Any]:
@@ -311,7 +403,10 @@ class FrameTracer(TracerBase):
 
     def give_value(self, node: fx.Node, value: Any) -> None:
         """Make `value`, as it is now, the example value of `node`."""
-        node.meta.update(value=value, version=0)
+        came = any(source.meta.get("of_object") for source in node.all_input_nodes) and not isinstance(
+            value, Tensor
+        )
+        node.meta.update(value=value, version=0, of_object=came or is_object(value))
         if isinstance(value, Tensor):
             node.meta["version"] = value._version
             self._newest[id(value)] = node
@@ -339,6 +434,11 @@ class FrameTracer(TracerBase):
                 if held is tensor:
                     return self.record("get_attr", f"{name}.{key}" if name else key, (), {}, tensor)
         raise TraceFailure("uses a tensor that is no attribute of the module")
+
+    def forget(self, node: fx.Node) -> None:
+        """Take the call that was recorded last out of the graph."""
+        self.graph.erase_node(node)
+        self._newest = {key: known for key, known in self._newest.items() if known is not node}
 
     def parameter(self, module: nn.Module, key: str, value: Tensor) -> ValueProxy:
         """The proxy of a parameter or buffer read by this frame's code."""
