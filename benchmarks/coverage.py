@@ -185,11 +185,11 @@ def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
             with _at_most(PATIENCE_S), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
-                model, inputs = build()
-                model.eval()
-                plan = revwire.plan(model, inputs)
+                model, inputs = build(False)
+                plan = revwire.plan(model.eval(), inputs)
                 if tuple(len(chain.steps) for chain in plan.chains) != chains or not _well_posed(plan):
                     continue
+                model, inputs = build(True)
                 report = revwire.verify(model, inputs)
         except ReplayError as problem:
             return Verified(*about, ok=False, failed=f"ReplayError: {problem}")
@@ -215,7 +215,8 @@ def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
 
 def _well_posed(plan: Plan) -> bool:
     """Whether BatchNorm in training has enough values a channel: of two, it makes a sign and no gradient."""
-    return all(torch.Size(s.trunk).numel() // max(s.trunk[1:]) >= VALUES_A_CHANNEL for s in plan.steps)
+    values = (torch.Size(step.trunk).numel() // max(step.trunk[1:]) for step in plan.steps)
+    return all(count >= VALUES_A_CHANNEL for count in values)
 
 
 def representatives(rows: Iterable[Planned]) -> list[Planned]:

@@ -1,4 +1,4 @@
-"""The models that the coverage sweep goes through: all of timm's and torchvision's architectures.
+"""The models that the coverage sweep goes through: all of timm and torchvision, and a list of transformers' models.
 
 Each is built twice: as an outline on the meta device, at its own size, to plan it and count its bytes; and for real at
 the smallest input that leaves its plan as it is, to verify it.
@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import nn
 
+from benchmarks.zoo_transformers import ZOO
 from revwire import timm_models
 from revwire.errors import RevwireError
 from revwire.timm_models import Architecture
@@ -41,14 +42,15 @@ class Entry:
         family: What it shares its blocks with: timm's or torchvision's module.
         name: The library's name of it.
         outline: The model on the meta device, at its own input size.
-        small: Ways to build it for real, the smallest input first; those that do not work raise.
+        small: Ways to build it for real, the smallest input first; those that do not work raise. Called with whether
+            to switch on drop path and dropout.
     """
 
     source: str
     family: str
     name: str
     outline: Build
-    small: tuple[Build, ...]
+    small: tuple[Callable[[bool], tuple[nn.Module, Any]], ...]
 
     @property
     def key(self) -> str:
@@ -69,13 +71,15 @@ def _timm_outline(name: str) -> tuple[nn.Module, Any]:
     return model, timm_models.example_inputs(model, BATCH)
 
 
-def _small_timm(name: str, side: int | None) -> tuple[nn.Module, Any]:
+def _small_timm(name: str, side: int | None, regularised: bool) -> tuple[nn.Module, Any]:
     sized = {} if side is None else {"img_size": side}
     try:
-        model = _regularised(lambda **more: Architecture(name, {**sized, **more}).build())
+        model = Architecture(name, sized).build()
     except RevwireError:
-        # convolutional nets take any size and no argument for it
-        model = _regularised(lambda **more: Architecture(name, more).build())
+        sized = {}  # convolutional nets take any size and no argument for it
+        model = Architecture(name).build()
+    if regularised:
+        model = _regularised(lambda **more: Architecture(name, {**sized, **more}).build())
     inputs = timm_models.example_inputs(model)
     if side is not None and inputs is not None:
         inputs = torch.randn(2, inputs.shape[1], side, side)
@@ -116,6 +120,8 @@ def torchvision_entries() -> Iterator[Entry]:
         else:
             own = (320,) if "ssd" in name else (224,)
             sizes = tuple((side,) for side in _SIDES)
+        if family.startswith(("video", "detection", "segmentation")):
+            family = name  # the same backbone reads differently in each: every one is verified
         small = tuple(partial(_small_torchvision, name, size) for size in sizes)
         yield Entry("torchvision", family, name, partial(_torchvision_outline, name, own), small)
 
@@ -139,9 +145,9 @@ def _torchvision_outline(name: str, size: tuple[int, ...]) -> tuple[nn.Module, A
     return model, _clip(BATCH, size).to("meta")
 
 
-def _small_torchvision(name: str, size: tuple[int, ...]) -> tuple[nn.Module, Any]:
+def _small_torchvision(name: str, size: tuple[int, ...], regularised: bool) -> tuple[nn.Module, Any]:
     taken: dict[str, float] = {}
-    for argument in ("stochastic_depth_prob", "dropout"):
+    for argument in ("stochastic_depth_prob", "dropout") if regularised else ():
         try:
             _torchvision(name, **taken, **{argument: 0.1})
         except TypeError:
@@ -157,6 +163,19 @@ def _clip(batch: int, size: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(batch, 3, *size[:-1], size[-1], size[-1])
 
 
+def transformers_entries() -> Iterator[Entry]:
+    """The models of `benchmarks.zoo_transformers`, at the one small size they have."""
+    for name, (build, inputs, _) in ZOO.items():
+
+        def outline(build: Any = build, inputs: Any = inputs) -> tuple[nn.Module, Any]:
+            return build(), inputs(BATCH)
+
+        def small(_: bool, build: Any = build, inputs: Any = inputs) -> tuple[nn.Module, Any]:
+            return build(), inputs(2)
+
+        yield Entry("transformers", name, name, outline, (small,))
+
+
 def entries(sources: tuple[str, ...]) -> Iterator[Entry]:
     """The entries of some of the `SOURCES`, in their order."""
     for source in sources:
@@ -166,4 +185,5 @@ def entries(sources: tuple[str, ...]) -> Iterator[Entry]:
 SOURCES: dict[str, Callable[[], Iterator[Entry]]] = {
     "timm": timm_entries,
     "torchvision": torchvision_entries,
+    "transformers": transformers_entries,
 }

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 
 LAYERS = 3
 _ENCODER = {
@@ -59,7 +59,7 @@ def _video(batch: int, frames: int = 4, key: str = "pixel_values") -> Inputs:
 def _tokens(batch: int, length: int = 7) -> Inputs:
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
-    return {"input_ids": torch.randint(2, 50, (batch, length)), "attention_mask": mask}
+    return {"input_ids": torch.randint(2, 50, (batch, length)), "attention_mask": mask, "use_cache": False}
 
 
 def _sequence_to_sequence(batch: int) -> Inputs:
@@ -67,10 +67,8 @@ def _sequence_to_sequence(batch: int) -> Inputs:
 
 
 def _speech(batch: int) -> Inputs:
-    return {
-        "input_features": torch.randn(batch, 16, 40),
-        "decoder_input_ids": torch.randint(2, 50, (batch, 5)),
-    }
+    decoded = torch.randint(2, 50, (batch, 5))
+    return {"input_features": torch.randn(batch, 16, 40), "decoder_input_ids": decoded, "use_cache": False}
 
 
 def _model(name: str, config: str | None = None, **settings: Any) -> nn.Module:
@@ -166,7 +164,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs], tuple[int
     "wav2vec2": (
         partial(_model, "Wav2Vec2Model", **_WAV2VEC2),
         lambda batch: {"input_values": torch.randn(batch, 400)},
-        (6,),
+        (7,),
     ),
     "wav2vec2_prenorm": (
         partial(_model, "Wav2Vec2Model", **_WAV2VEC2, do_stable_layer_norm=True, feat_extract_norm="layer"),

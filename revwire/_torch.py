@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
 from torch._compile import _disable_dynamo
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import SUPPORTED_NODES as NODES
@@ -32,12 +35,25 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "keeps_graph",
     "not_compiled",
+    "quiet_fake_tensors",
     "register_pytree_node",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
 ]
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """For the length of the block, fake tensors do not log the traceback of an error that they also raise."""
+    logger = logging.getLogger(fake_tensor.__name__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])

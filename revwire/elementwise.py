@@ -70,6 +70,22 @@ def is_norm(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
     return named and isinstance(value, Tensor) and value.shape == source.meta["value"].shape
 
 
+def may_draw(frame: Frame, node: fx.Node) -> bool:
+    """Whether an operation is one that draws random numbers in training, by its name: dropout and its kin."""
+    if node.op == "call_module":
+        return any(_drops(module) for module in frame.module.get_submodule(str(node.target)).modules())
+    name = getattr(node.target, "__name__", str(node.target)).lower()
+    return node.op != "placeholder" and any(
+        word in name for word in ("drop", "rand", "bernoulli", "multinomial")
+    )
+
+
+def _drops(module: nn.Module) -> bool:
+    rate = next((getattr(module, key) for key in ("p", "drop_prob") if hasattr(module, key)), 1)
+    named = any(word in type(module).__name__.lower() for word in ("drop", "stochasticdepth"))
+    return named and not any(True for _ in module.children()) and rate != 0
+
+
 @dataclass(frozen=True)
 class _Rest:
     """A recorded function with all but its first argument filled in."""

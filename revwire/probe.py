@@ -99,13 +99,16 @@ def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) ->
         while at is not None:
             entered.add(at)
             at = origins.get(at)
-    moved = {
-        (type(r.frame.module), r.index)
-        for r in residuals
-        if r.normed and r.leaving not in entered and replace(r, post=r.normed).leaving in entered
-    }
+    moved: dict[tuple[type, int], str | None] = {}
+    for residual in residuals:
+        if residual.leaving not in entered:
+            for count in range(len(residual.following), 0, -1):
+                longer = replace(residual, post=residual.following[:count])
+                if longer.leaving in entered:
+                    moved[type(residual.frame.module), residual.index] = longer.post_name
+                    break
     return [
-        replace(r, post=r.normed) if r.normed and (type(r.frame.module), r.index) in moved else r
+        (r.with_post(moved[kind]) or r) if (kind := (type(r.frame.module), r.index)) in moved else r
         for r in residuals
     ]
 

@@ -8,7 +8,7 @@ original forward runs on the merged tensor, and says so once.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -67,12 +67,18 @@ class Variant:
     """A frame's rewritten forward, and the calls it holds for."""
 
     function: Callable[..., Any]
+    output: TreeSpec | None
     spec: TreeSpec
     constants: tuple[Any, ...]
     training: bool | None
     properties: dict[str, tuple[Any, ...]]
     attributes: tuple[tuple[int, tuple[str, ...], Any], ...]
     inlined: tuple[Inlined, ...]
+
+    def run(self, module: nn.Module, inputs: list[Any]) -> Any:
+        """What the module returns for these input leaves."""
+        result = self.function(module, *inputs)
+        return result if self.output is None else tree_unflatten(list(result), self.output)
 
     def fits(self, module: nn.Module, leaves: list[Any], spec: TreeSpec) -> bool:
         """Whether a call of `module` with these argument leaves may run this code."""
@@ -126,10 +132,10 @@ class Program:
         inputs = [leaf for leaf in leaves if _is_tensor(leaf) or is_object(leaf)]
         for variant in self._variants:
             if variant.fits(module, leaves, spec):
-                return variant.function(module, *inputs)
+                return variant.run(module, inputs)
         if (spec, module.training) not in self._refused:
             if (failure := self._trace(module, args, kwargs)) is None:
-                return self._variants[-1].function(module, *inputs)
+                return self._variants[-1].run(module, inputs)
             self._refused.append((spec, module.training))
             warnings.warn(
                 f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {failure}",
@@ -159,15 +165,8 @@ class Program:
             if (planned := self.planned.get(residual.index)) is not None:
                 if residual.refused:
                     raise TraceFailure(f"has no residual here: {residual.refused}")
-                chosen = (
-                    residual
-                    if residual.post_name == planned.post
-                    else replace(residual, post=residual.normed)
-                )
-                if chosen.post_name != planned.post:
-                    raise TraceFailure(
-                        f"has {chosen.post_name} after the sum where {planned.post} was planned"
-                    )
+                if (chosen := residual.with_post(planned.post)) is None:
+                    raise TraceFailure(f"has no {planned.post} after the sum, as was planned")
                 steps[chosen] = self._runner(planned, step_code(chosen))
         if len(steps) != len(self.planned):
             raise TraceFailure(f"has {len(steps)} residuals where {len(self.planned)} are planned")
@@ -177,6 +176,7 @@ class Program:
         self._variants.append(
             Variant(
                 rewritten_forward(frame, steps),
+                frame.output,
                 frame.spec,
                 frame.constants,
                 frame.guards.training,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from revwire._torch import CheckpointFrame, FakeTensorMode
+from revwire._torch import CheckpointFrame, FakeTensorMode, quiet_fake_tensors
 from revwire.attributes import Attributes, uncached
 from revwire.dataflow import ancestors, seen_through
 from revwire.rearrange import is_rearrangement
@@ -81,6 +81,7 @@ class Recorder:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.enter_context(_random_kept())
+            stack.enter_context(quiet_fake_tensors())
             stack.enter_context(_attributes_kept(self.root))
             stack.enter_context(uncached(self.root))
             self._stand_in_fakes()
@@ -253,7 +254,14 @@ class Recorder:
             attributes.put_back()
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
         _check_random(tracer)
-        tracer.graph.output(tracer.create_arg(tracer.fresh(output)))
+        output = tracer.fresh(output)
+        leaves, spec = tree_flatten(output)
+        if all(type(leaf) is ValueProxy for leaf in (output if type(output) is tuple else (output,))):
+            tracer.graph.output(tracer.create_arg(output))
+        else:
+            # dicts, dataclasses and classes of outputs are made again outside of the graph
+            frame.output = spec
+            tracer.graph.output(tracer.create_arg(tuple(leaves)))
         _drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)

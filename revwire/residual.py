@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from revwire.dataflow import ancestors, between, dependents, rearranges, seen_through
-from revwire.elementwise import is_elementwise, is_norm, pieced, scaled
+from revwire.elementwise import is_elementwise, is_norm, may_draw, pieced, scaled
+from revwire.structure import tree_leaves
 from revwire.trace import Frame, Identity, storage, updated
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Residual:
         terms: What is added to the skip, in order: the outputs of the branches. Of a scaled skip, all that is summed.
         inside: Nodes between `skip` and `total`: the branch.
         post: Elementwise operations after the sum that move into the branch, in order.
-        normed: The same with the norms that follow, where the trunk could go on from those (post-norm blocks).
+        following: All operations after the sum that could move in, norms too: what `post` is a beginning of.
         scale: Where the sum adds the trunk scaled (`s * x`), or puts it together from slices, the node that does; the
             branch is then all of it less the trunk, `s * x + F(x) - x`.
         refused: Why this residual cannot become a step, if it cannot.
@@ -50,7 +51,7 @@ class Residual:
     terms: tuple[fx.Node, ...]
     inside: tuple[fx.Node, ...]
     post: tuple[fx.Node, ...] = ()
-    normed: tuple[fx.Node, ...] = ()
+    following: tuple[fx.Node, ...] = ()
     scale: fx.Node | None = None
     refused: str | None = None
 
@@ -63,6 +64,12 @@ class Residual:
     def post_name(self) -> str | None:
         """What moves into the branch after the sum, in words."""
         return " ".join(name_of(node) for node in self.post) or None
+
+    def with_post(self, name: str | None) -> Residual | None:
+        """The residual with as much moved in as makes up `name`, None if that is not what follows the sum."""
+        beginnings = (self.following[:count] for count in range(len(self.following) + 1))
+        candidates = (replace(self, post=post) for post in (self.post, *beginnings))
+        return next((r for r in candidates if r.post_name == name), None)
 
     @property
     def result(self) -> fx.Node:
@@ -114,7 +121,8 @@ class Residual:
         waiting = [node]
         while waiting:
             current = waiting.pop()
-            if isinstance(current.meta.get("value"), Tensor) and not rearranges(current):
+            has_tensors = any(isinstance(v, Tensor) for v in tree_leaves(current.meta.get("value")))
+            if current.op == "call_module" or (has_tensors and not rearranges(current)):
                 return False
             waiting.extend(n for n in current.all_input_nodes if n in inside)
         return True
@@ -167,7 +175,7 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
     found.reverse()
     skips = {residual.skip for residual in found}
     ordered = [
-        replace(r, index=i, post=_post_operations(r, skips), normed=_post_operations(r, skips, norms=True))
+        replace(r, index=i, post=_post_operations(r, skips), following=_following(r, skips))
         for i, r in enumerate(found)
     ]
     return _without_cycles(frame, [replace(r, refused=_refusal(r)) for r in ordered]), reasons[::-1]
@@ -317,6 +325,8 @@ def _refusal(residual: Residual) -> str | None:
         return (
             f"{where} changes a tensor in place that its branch is given, so the branch cannot be run again"
         )
+    if _draws_in_turns(residual, own):
+        return f"{where} has a branch that draws random numbers in turns with other code, so neither can run as one"
     for node in own:
         for user in node.users.keys() - own:
             if user.target is updated and node in user.all_input_nodes[1:]:
@@ -329,22 +339,44 @@ def _refusal(residual: Residual) -> str | None:
     return None
 
 
-def _post_operations(residual: Residual, skips: set[fx.Node], *, norms: bool = False) -> tuple[fx.Node, ...]:
-    """Elementwise operations (and norms) after the sum up to the next trunk: the ReLU of a post-activation block."""
+def _draws_in_turns(residual: Residual, own: set[fx.Node]) -> bool:
+    """Whether other code draws random numbers after the branch began to and before it ends."""
+    began = False
+    for node in residual.total.graph.nodes:
+        if node is residual.total:
+            return False
+        if node in own:
+            began |= may_draw(residual.frame, node)
+        elif began and may_draw(residual.frame, node):
+            return True
+    return False
+
+
+def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """Elementwise operations after the sum up to the next trunk: the ReLU of a post-activation block."""
     post: list[fx.Node] = []
     node = residual.total
     while len(node.users) == 1 and node not in skips:
         (user,) = node.users
-        if not (
-            is_elementwise(residual.frame, user, node) or (norms and is_norm(residual.frame, user, node))
-        ):
+        if not is_elementwise(residual.frame, user, node):
             break
         post.append(user)
         node = user
     ends_frame = any(user.op == "output" for user in node.users)
-    if not post or not (ends_frame or node in skips):
-        return ()
-    return tuple(post)
+    return tuple(post) if ends_frame or node in skips else ()
+
+
+def _following(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """All elementwise operations and norms after the sum, as long as nothing else reads what is before them."""
+    following: list[fx.Node] = []
+    node = residual.total
+    while len(node.users) == 1 and node not in skips:
+        (user,) = node.users
+        if not (is_elementwise(residual.frame, user, node) or is_norm(residual.frame, user, node)):
+            break
+        following.append(user)
+        node = user
+    return tuple(following)
 
 
 def joined_arguments(frame: Frame) -> tuple[fx.Node, set[fx.Node]] | None:

@@ -145,6 +145,7 @@ class Frame:
         spec: Structure of `(args, kwargs)`.
         constants: The leaves of that structure, with `TENSOR` for tensors.
         arguments: The leaves' names in the signature of `forward`.
+        output: How the graph's leaves make up what the frame returns; None for one value or a tuple of values.
         inlined: Children whose code is part of this frame's graph, by path.
         parent: The frame that called this one, and `caller` the node of its graph that did.
     """
@@ -157,6 +158,7 @@ class Frame:
     spec: TreeSpec | None = None
     constants: tuple[Any, ...] = ()
     arguments: tuple[str, ...] = ()
+    output: TreeSpec | None = None
     inlined: dict[str, Inlined] = field(default_factory=dict)
     parent: Frame | None = None
     caller: fx.Node | None = None
@@ -395,7 +397,9 @@ class FrameTracer(TracerBase):
         """Record a node whose example value is known."""
         if _contexts() != self.contexts:
             raise TraceFailure("runs part of its code under a context of its own (autocast, no_grad)")
-        proxy: ValueProxy = super().create_proxy(kind, target, args, kwargs)  # type: ignore[assignment]
+        # a child may be called self (BERT's attention.self), which generated code calls the module itself
+        name = "self_child" if target == "self" else None
+        proxy: ValueProxy = super().create_proxy(kind, target, args, kwargs, name)  # type: ignore[assignment]
         order = next(self.recorder.order)
         proxy.node.meta.update(line=_user_line(self.frame.module), order=order, changes=frozenset())
         self.give_value(proxy.node, value)

@@ -75,6 +75,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
                 self._recount(counted, storage)
         return self._live
 
+    def counted(self) -> list[Callable[[], torch.UntypedStorage | None]]:
+        """Weak references to the storages that are counted now."""
+        return list(self._counted.values())
+
     def reset_peak(self) -> None:
         """Let `peak` start again from what is alive now."""
         self.peak = self.live
