@@ -67,11 +67,10 @@ class Planned:
         name: The architecture.
         verdict: `"rewired"`, `"cannot"`, or `"failed"` where it did not even run.
         chains: Steps of each chain.
-        residuals: Residuals in the longest run on one trunk, as counted from the operators.
+        residuals: Residuals in the longest run on one trunk, counted from the operators where none was rewired.
         seconds: Time to plan.
         parameters: Number of parameters.
-        held: Bytes between forward and backward of a training step at `zoo.BATCH`, None where the meta device
-            cannot run it.
+        held: Bytes between forward and backward of a training step at `zoo.BATCH`, None where they were not counted.
         held_rewired: The same, rewired.
         reason: Why not, where it cannot be rewired.
     """
@@ -124,49 +123,48 @@ def _by_key() -> dict[str, Entry]:
     return {entry.key: entry for entry in entries(tuple(SOURCES))}
 
 
-def plan_one(key: str) -> Planned:
-    """Plan one architecture and count its bytes; never raises."""
+def plan_one(key: str, bytes_up_to: float = float("inf")) -> Planned:
+    """Plan one architecture, count its bytes if it has no more parameters than `bytes_up_to`; never raises."""
     entry = _by_key()[key]
     about = entry.source, entry.family, entry.name
     try:
         with _at_most(PATIENCE_S), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _plan(entry)
+            return _plan(entry, bytes_up_to)
     except Exception as error:  # noqa: BLE001 - a sweep goes on, and reports it
         return Planned(*about, "failed", reason=f"{type(error).__name__}: {error}"[:300])
 
 
-def _plan(entry: Entry) -> Planned:
+def _plan(entry: Entry, bytes_up_to: float) -> Planned:
     model, inputs = entry.outline()
     args, kwargs = call_arguments(model, inputs)
     model.eval()
-    with torch.no_grad(), ResidualCounter() as counter:
-        model(*args, **kwargs)
     start = time.perf_counter()
     found = probe(model, args, kwargs)
     plan = make_plan(found, "re2tal")
-    seconds = round(time.perf_counter() - start, 2)
     about = entry.source, entry.family, entry.name
     figures: dict[str, Any] = {
-        "residuals": counter.longest,
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - start, 2),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if not plan.chains:
-        return Planned(*about, "cannot", **figures, reason=coverage_report.reason_of(plan))
-    model.train()
-    held = _held(model, args, kwargs)
-    apply_plan(model, plan, found, Options(Re2TAL()))
-    del found
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs the original forward.*")
-        rewired = _held(model, args, kwargs)
-    chains = tuple(len(chain.steps) for chain in plan.chains)
-    return Planned(*about, "rewired", chains, **figures, held=held, held_rewired=rewired)
+        with torch.no_grad(), ResidualCounter() as counter:
+            model(*args, **kwargs)
+        reason = coverage_report.reason_of(plan)
+        return Planned(*about, "cannot", residuals=counter.longest, **figures, reason=reason)
+    if figures["parameters"] <= bytes_up_to:
+        model.train()
+        figures["held"] = _held(model, args, kwargs)
+        apply_plan(model, plan, found, Options(Re2TAL()))
+        del found
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*runs the original forward.*")
+            model(*args, **kwargs)  # the first call in train mode may trace again
+            figures["held_rewired"] = _held(model, args, kwargs)
+    return Planned(*about, "rewired", tuple(len(chain.steps) for chain in plan.chains), **figures)
 
 
 def _held(model: Any, args: Any, kwargs: Any) -> int:
-    model(*args, **kwargs)  # the first call in train mode traces again, and fills caches that stay
     gc.collect()
     with LiveBytes() as meter:
         output = model(*args, **kwargs)
@@ -309,6 +307,9 @@ def main(
     only: Annotated[str, typer.Option(help="Glob of SOURCE/NAME, such as 'timm/vit_*'.")] = "*",
     workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = os.cpu_count() or 1,
     verify: Annotated[bool, typer.Option(help="Verify a model of each family too.")] = True,
+    bytes_up_to: Annotated[
+        float, typer.Option(help="Count bytes only of models of at most so many million parameters.")
+    ] = float("inf"),
     fresh: Annotated[
         bool, typer.Option(help="Start anew instead of going on where a sweep was stopped.")
     ] = False,
@@ -329,7 +330,8 @@ def main(
     planned, verified = diary.read()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        calls = [(plan_one, (key,)) for key in wanted if key not in planned]
+        limit = bytes_up_to * 1e6
+        calls = [(plan_one, (key, limit)) for key in wanted if key not in planned]
         for row in _in_workers(workers, calls, progress, "plan"):
             planned[row.key] = row
             diary.write(row)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 if TYPE_CHECKING:
+    from revwire.frame import Frame
     from revwire.residual import Residual
-    from revwire.trace import Frame
 
 
 class _Self:

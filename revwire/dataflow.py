@@ -13,7 +13,7 @@ from revwire.structure import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from revwire.trace import Frame
+    from revwire.frame import Frame
 
 # what takes the dtype, device or shape of its arguments and not their values; the second kind, of all but the first
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
@@ -77,3 +77,11 @@ def rearranges(node: fx.Node) -> bool:
     """Whether a node only moves the values of its first argument around."""
     function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
     return node.op != "call_module" and is_rearrangement(function, node.args, node.kwargs)
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase what nobody uses: `B, N, C = x.shape` reads more than most code needs, a loop more than it keeps."""
+    for node in reversed(graph.nodes):
+        pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
+        if node.op == "call_function" and pure and not node.users and not node.meta["changes"]:
+            graph.erase_node(node)

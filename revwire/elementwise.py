@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from revwire.dataflow import dependents, seen_through
+from revwire.dataflow import dependents, rearranges, seen_through
+from revwire.frame import Frame, original_forward
 from revwire.structure import tree_leaves
-from revwire.trace import Frame, original_forward
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -176,17 +176,24 @@ def pieced(node: fx.Node, additions: Container[fx.Node]) -> Pieces | None:
     trunks = [
         n for n in leaves if n.op != "get_attr" and getattr(n.meta["value"], "shape", None) == value.shape
     ]
-    if len(trunks) != 1 or not used:
-        return None
     sample = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
-    try:
-        result = _put_together(node, additions, trunks[0], sample)
-        terms = {term for addition in used for term in addition.all_input_nodes}
-        added = {term for term in terms if _put_together(term, additions, trunks[0], sample) is None}
-    except (RuntimeError, IndexError, TypeError):
-        return None
-    whole = isinstance(result, Tensor) and torch.equal(result, sample)
-    return Pieces(trunks[0], frozenset(used), frozenset(added)) if whole else None
+    terms = {term for addition in used for term in addition.all_input_nodes}
+    for trunk in trunks if used else ():
+        try:
+            result = _put_together(node, additions, trunk, sample)
+            added = {term for term in terms if _put_together(term, additions, trunk, sample) is None}
+        except (RuntimeError, IndexError, TypeError):
+            continue
+        if isinstance(result, Tensor) and torch.equal(result, sample):
+            return Pieces(trunk, frozenset(used), frozenset(added))
+    return None
+
+
+def _moves_pieces(node: fx.Node) -> bool:
+    """Whether an operation only takes slices, puts them together, or rearranges what is in them."""
+    if node.op == "call_module":
+        return False
+    return node.target in (_PIECE_METHODS if node.op == "call_method" else _PIECES) or rearranges(node)
 
 
 def _collect_pieces(
@@ -194,7 +201,7 @@ def _collect_pieces(
 ) -> None:
     if node in additions:
         used.add(node)
-    elif not (node.target in _PIECES or (node.op == "call_method" and node.target in _PIECE_METHODS)):
+    elif not _moves_pieces(node):
         leaves.add(node)
         return
     for source in node.all_input_nodes:
@@ -209,8 +216,7 @@ def _put_together(node: fx.Node, additions: Container[fx.Node], trunk: fx.Node, 
     if node in additions:
         terms = [_put_together(term, additions, trunk, sample) for term in node.all_input_nodes]
         return next((term for term in terms if term is not None), None)
-    is_method = node.op == "call_method"
-    if node.target not in (_PIECE_METHODS if is_method else _PIECES):
+    if not _moves_pieces(node):
         return None
 
     def value_of(source: fx.Node) -> Any:
@@ -221,5 +227,5 @@ def _put_together(node: fx.Node, additions: Container[fx.Node], trunk: fx.Node, 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
     if any(leaf is None for leaf in tree_leaves(args[:1])):
         return None
-    function: Any = getattr(Tensor, str(node.target)) if is_method else node.target
+    function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
     return function(*args, **kwargs)

@@ -25,7 +25,7 @@ from revwire.structure import tree_leaves
 if TYPE_CHECKING:
     from torch import nn
 
-    from revwire.trace import Frame, Identity
+    from revwire.frame import Frame, Identity
 
 MIN_STEPS = 2
 """A chain of one step is no gain: it would hold two streams where autograd holds one branch."""
@@ -164,7 +164,7 @@ def _chains(
 ) -> list[list[Residual]]:
     """The chains of at least two steps, outermost first; notes why each other residual is in none."""
     while True:
-        holders = {node: residual for residual in reversed(eligible) for node in residual.inside}
+        holders = {n: r for r in reversed(eligible) for n in r.inside if n is not r.total}
         inner = {id(r): outer for r in eligible if (outer := _enclosing(r, holders)) is not None}
         chains = _linked(found, [r for r in eligible if id(r) not in inner])
         kept = [chain for chain in chains if len(chain) >= MIN_STEPS]

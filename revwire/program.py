@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from revwire._torch import TreeSpec, not_compiled
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
+from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 from revwire.record import Recorder
 from revwire.residual import Residual, find_residuals
 from revwire.streams import Streams, as_tensor, settle
 from revwire.structure import is_object, tree_flatten, tree_unflatten
 from revwire.tape import Branch
-from revwire.trace import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable

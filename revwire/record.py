@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import random
-import sys
 import threading
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -21,25 +19,23 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from revwire._torch import CheckpointFrame, FakeTensorMode, quiet_fake_tensors
-from revwire.attributes import Attributes, uncached
-from revwire.dataflow import ancestors, seen_through
-from revwire.rearrange import is_rearrangement
-from revwire.residual import joined_arguments
-from revwire.structure import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from revwire.trace import (
+from revwire.dataflow import ancestors, drop_unused, seen_through
+from revwire.frame import (
     Frame,
-    FrameTracer,
     Identity,
     Inlined,
     TraceFailure,
-    ValueProxy,
-    answering_isinstance,
     constant_for,
     identity,
     is_input,
     may_inline,
     original_forward,
 )
+from revwire.rearrange import is_rearrangement
+from revwire.residual import joined_arguments
+from revwire.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
+from revwire.structure import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from revwire.trace import FrameTracer, ValueProxy, answering_isinstance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -80,9 +76,9 @@ class Recorder:
             # what the model warns of here it warns of again when it runs, there with the line that is to blame
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            stack.enter_context(_random_kept())
+            stack.enter_context(random_kept())
             stack.enter_context(quiet_fake_tensors())
-            stack.enter_context(_attributes_kept(self.root))
+            stack.enter_context(attributes_kept(self.root))
             stack.enter_context(uncached(self.root))
             self._stand_in_fakes()
             stack.enter_context(torch.enable_grad())
@@ -175,7 +171,7 @@ class Recorder:
                 return self._run_inline(tracer, path, module, args, kwargs)
         if changes_lists:
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
-        tracer.expected_random = _python_random()  # what a child draws, it draws again when it runs
+        tracer.expected_random = python_random()  # what a child draws, it draws again when it runs
         return proxy
 
     def _run_inline(
@@ -238,7 +234,7 @@ class Recorder:
         args, kwargs = tree_unflatten(inputs, frame.spec)
         given = tree_flatten((args, kwargs))
         attributes = Attributes(module)
-        tracer.expected_random = _python_random()
+        tracer.expected_random = python_random()
         self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
@@ -262,7 +258,7 @@ class Recorder:
             # dicts, dataclasses and classes of outputs are made again outside of the graph
             frame.output = spec
             tracer.graph.output(tracer.create_arg(tuple(leaves)))
-        _drop_unused(tracer.graph)
+        drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
 
@@ -360,35 +356,9 @@ def _patched_functions(recorder: Recorder) -> Iterator[None]:
         CheckpointFrame.__init__ = start  # type: ignore[method-assign]
 
 
-@contextmanager
-def _attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Every module's attributes, parameters and buffers as they were, whatever a forward stores in them."""
-    kept = [Attributes(module) for module in root.modules()]
-    try:
-        yield
-    finally:
-        for attributes in kept:
-            attributes.put_back()
-
-
-@contextmanager
-def _random_kept() -> Iterator[None]:
-    state, python = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
-
-
 def _check_random(tracer: FrameTracer) -> None:
-    if tracer.expected_random != _python_random():
+    if tracer.expected_random != python_random():
         raise TraceFailure("draws Python random numbers to decide what to run")
-
-
-def _python_random() -> Any:
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy.random.get_state()[1].tobytes() if numpy else None
 
 
 def _argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
@@ -401,14 +371,6 @@ def _argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return tuple(
         names.get(id(top), "?") for top in (*args, *kwargs.values()) for _ in range(len(tree_leaves(top)))
     )
-
-
-def _drop_unused(graph: fx.Graph) -> None:
-    """Erase what nobody uses: `B, N, C = x.shape` reads more than most code needs, a loop more than it keeps."""
-    for node in reversed(graph.nodes):
-        pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
-        if node.op == "call_function" and pure and not node.users and not node.meta["changes"]:
-            graph.erase_node(node)
 
 
 def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from revwire import timm_models
 from revwire.coupling import Coupling, coupling_of
 from revwire.errors import RewireError
+from revwire.frame import TraceFailure
 from revwire.probe import Probe, make_plan, probe
 from revwire.program import PROGRAM, Options, Planned, Program
 from revwire.streams import settle
-from revwire.trace import TraceFailure
 
 if TYPE_CHECKING:
     from revwire.plan import Plan

@@ -119,13 +119,8 @@ class Link:
     def __init__(
         self, tape: Tape, position: int, coupling: Coupling, branch: Branch, *, bottom: bool
     ) -> None:
-        self.tape, self.position, self.coupling, self.branch, self.bottom = (
-            tape,
-            position,
-            coupling,
-            branch,
-            bottom,
-        )
+        self.tape, self.position, self.bottom = tape, position, bottom
+        self.coupling, self.branch = coupling, branch
         self.next: Link | None = None
         self.taken = False
         self.end: tuple[Pair, tuple[int, int]] | None = None

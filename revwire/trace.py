@@ -5,7 +5,7 @@ on proxies that carry example values (fake tensors: shapes and dtypes, no data),
 shape or on a Python number, tuples from children and factory functions all trace as they run. What such a branch
 looked at becomes a guard (`Guards`): the graph holds for calls that agree on it, any other call is traced again.
 
-Here are the frame, its proxies and its graph; `revwire.record` runs the code.
+Here are the proxies and the graph they build; `revwire.frame` has what becomes of it, `revwire.record` runs the code.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import builtins
 import operator
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
+from revwire.frame import Frame, TraceFailure, storage
 from revwire.structure import is_object, tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from revwire._torch import TreeSpec
     from revwire.record import Recorder
 
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
@@ -45,129 +44,6 @@ _CONCRETE = {
 
 
 _PLAIN = (bool, int, float, str, type(None))
-
-
-class TraceFailure(Exception):
-    """A frame does something that a graph of it would not reproduce. Its message completes "the frame ..."."""
-
-
-class _Marker:
-    """The type of `TENSOR`."""
-
-    def __repr__(self) -> str:
-        return "a tensor"
-
-
-TENSOR = _Marker()
-"""Marks the place of a tensor among the constants a frame was called with."""
-
-
-@dataclass(frozen=True)
-class ObjectOf:
-    """Marks the place of an object with a state of its own (a KV cache): any of its class may come there."""
-
-    cls: type
-
-
-def constant_for(leaf: Any) -> Any:
-    """What a call is compared by at the place of an argument: the argument itself where it is a constant."""
-    return TENSOR if isinstance(leaf, Tensor) else ObjectOf(type(leaf)) if is_object(leaf) else leaf
-
-
-def is_input(leaf: Any) -> bool:
-    """Whether an argument is handed to the graph at each call, and no constant in it."""
-    return isinstance(leaf, Tensor) or is_object(leaf)
-
-
-Identity = tuple[int, int]
-"""A tensor as it was at one moment: the object and its in-place version."""
-
-
-def identity(value: Any) -> Identity:
-    """What tells two traced values apart: the tensor object and how often it was changed in place."""
-    return id(value), value._version
-
-
-@dataclass
-class Guards:
-    """What a traced frame looked at, beyond the structure of its arguments, to decide what to run.
-
-    Attributes:
-        properties: Of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
-        training: The mode it was traced in, if the frame's own code can see `self.training`; else None.
-        attributes: Attributes that the code read of objects it was given: (placeholder, names) to the value.
-    """
-
-    properties: set[str] = field(default_factory=set)
-    training: bool | None = None
-    attributes: dict[tuple[str, tuple[str, ...]], Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Inlined:
-    """A child whose code was traced as part of its caller's frame.
-
-    Attributes:
-        path: Where it is, below the frame's module.
-        cls: Its class, whose forward was traced.
-        training: The mode it was traced in, if its code can see that; else None.
-    """
-
-    path: str
-    cls: type[nn.Module]
-    training: bool | None
-
-    def agrees(self, module: nn.Module) -> bool:
-        """Whether the child of `module` at this path would still run the code that was traced."""
-        child = module.get_submodule(self.path)
-        return type(child) is self.cls and self.training in {None, child.training} and may_inline(child)
-
-
-def may_inline(module: nn.Module) -> bool:
-    """Whether a module's forward is its class's and nobody watches its calls."""
-    held = module.__dict__
-    hooked = any(
-        held[key]
-        for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
-    return not hooked and "forward" not in held and not hasattr(type(module), "revwire_original")
-
-
-@dataclass
-class Frame:
-    """One call of one module during a recorded run.
-
-    Attributes:
-        path: The module's path in the model.
-        module: The module.
-        graph: The frame's graph, or None with `failure` saying why there is none.
-        guards: What the graph depends on.
-        spec: Structure of `(args, kwargs)`.
-        constants: The leaves of that structure, with `TENSOR` for tensors.
-        arguments: The leaves' names in the signature of `forward`.
-        output: How the graph's leaves make up what the frame returns; None for one value or a tuple of values.
-        inlined: Children whose code is part of this frame's graph, by path.
-        parent: The frame that called this one, and `caller` the node of its graph that did.
-    """
-
-    path: str
-    module: nn.Module
-    graph: fx.Graph | None = None
-    failure: str | None = None
-    guards: Guards = field(default_factory=Guards)
-    spec: TreeSpec | None = None
-    constants: tuple[Any, ...] = ()
-    arguments: tuple[str, ...] = ()
-    output: TreeSpec | None = None
-    inlined: dict[str, Inlined] = field(default_factory=dict)
-    parent: Frame | None = None
-    caller: fx.Node | None = None
-
-    def label(self, node: fx.Node) -> str:
-        """What the author of the frame calls a node: the argument's name, or the node's own."""
-        return (
-            self.arguments[int(str(node.target)[len("input_") :])] if node.op == "placeholder" else node.name
-        )
 
 
 class ValueProxy(fx.Proxy):
@@ -449,21 +325,6 @@ class FrameTracer(TracerBase):
         if (path := self.paths.get(id(module))) is None:
             raise TraceFailure(f"reads {key!r} of a module outside of it")
         return self.record("get_attr", f"{path}.{key}" if path else key, (), {}, value)
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward as its author wrote it, also where revwire has put another in its place."""
-    written = getattr(type(module), "revwire_original", None)
-    if written is None or "forward" in module.__dict__:
-        return module.forward
-    bound: Callable[..., Any] = written.forward.__get__(module)
-    return bound
-
-
-def storage(tensor: Tensor) -> int:
-    """What a tensor and its views have in common."""
-    base = tensor._base
-    return id(tensor if base is None else base)
 
 
 def _contexts() -> tuple[bool, ...]:

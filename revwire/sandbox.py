@@ -1,12 +1,15 @@
-"""What modules hold, noted and put back: running a model to look at it must leave it as it was."""
+"""Running a model to look at it must leave it as it was: attributes, caches and random states, noted and put back."""
 
 from __future__ import annotations
 
 import functools
+import random
 import sys
 from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,3 +103,31 @@ class Attributes:
 
 def _entries(container: Any) -> dict[Any, Any]:
     return container if isinstance(container, dict) else dict(enumerate(container))
+
+
+@contextmanager
+def attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Every module's attributes, parameters and buffers as they were, whatever a forward stores in them."""
+    kept = [Attributes(module) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for attributes in kept:
+            attributes.put_back()
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """The generators of torch and Python as they were, whatever the block draws."""
+    state, python = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python)
+
+
+def python_random() -> Any:
+    """The states of the generators that Python code decides by: Python's, and numpy's where it is loaded."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy.random.get_state()[1].tobytes() if numpy else None
