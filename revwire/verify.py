@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from revwire.coupling import Coupling, Original, coupling_of
 from revwire.errors import RewireError
@@ -148,6 +149,7 @@ def verify(
         raise RewireError(nothing_to_rewire(chosen))
     with _random_state_kept():
         _make_branches_count(pristine)
+        _move_statistics(pristine, args, kwargs)
         run = _Runs(pristine, found, chosen, kind, args, kwargs)
         checks = [run.state_dict()]
         for training in (False, True):
@@ -333,6 +335,23 @@ def _make_branches_count(model: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(0.2 * noise)
+
+
+def _move_statistics(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """BatchNorm statistics as training leaves them: of zero and one, eval mode normalises nothing and a net explodes."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    fresh = [(m, m.momentum) for m in norms if not m.num_batches_tracked]
+    if not fresh:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    for norm, _ in fresh:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(*args, **kwargs)
+    for norm, momentum in fresh:
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training
 
 
 def _noisy(tree: Any) -> Any:
