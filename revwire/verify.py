@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from revwire.coupling import Coupling, Original, coupling_of
 from revwire.errors import RewireError
 from revwire.memory.measure import LiveBytes, mean_square
 from revwire.probe import Probe, probe
 from revwire.program import Options
+from revwire.specimen import cast, make_branches_count, move_statistics, noisy_like
 from revwire.streams import Streams
-from revwire.structure import tree_leaves, tree_map
+from revwire.structure import tree_leaves
 from revwire.surgery import (
     Globs,
     apply_plan,
@@ -142,14 +142,14 @@ def verify(
     say("plan")
     pristine, wanted, kind = _pristine(model, coupling)
     args, kwargs = call_arguments(pristine, example_inputs)
-    args, kwargs = _noisy(_cast((args, kwargs), next((p.dtype for p in pristine.parameters()), None)))
+    args, kwargs = noisy_like(cast((args, kwargs), next((p.dtype for p in pristine.parameters()), None)))
     found = probe(pristine, args, kwargs)
     chosen = wanted or choose_plan(found, kind, include, exclude)
     if not chosen.chains:
         raise RewireError(nothing_to_rewire(chosen))
     with _random_state_kept():
-        _make_branches_count(pristine)
-        _move_statistics(pristine, args, kwargs)
+        make_branches_count(pristine)
+        move_statistics(pristine, args, kwargs)
         run = _Runs(pristine, found, chosen, kind, args, kwargs)
         checks = [run.state_dict()]
         for training in (False, True):
@@ -211,7 +211,7 @@ class _Runs:
         """Invariant 2: the rewritten code with the plain recurrence is the original network."""
         dtype = torch.float64 if self.parallel else None
         models = copy.deepcopy(self.original), self.wired(coupling=Original())
-        args, kwargs = _cast((self.args, self.kwargs), dtype)
+        args, kwargs = cast((self.args, self.kwargs), dtype)
         outputs = []
         for model in models:
             model.to(dtype).train(training)
@@ -252,7 +252,7 @@ class _Runs:
 
     def _step(self, dtype: torch.dtype | None, *, replay: bool, training: bool) -> _Step:
         model = self.wired(replay=replay).to(dtype).train(training)
-        args, kwargs = _cast((self.args, self.kwargs), dtype)
+        args, kwargs = cast((self.args, self.kwargs), dtype)
         torch.manual_seed(2)
         mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -327,49 +327,6 @@ def _pristine(model: nn.Module, coupling: str | Coupling) -> tuple[nn.Module, Pl
 
 def _storages(model: nn.Module) -> dict[str, int]:
     return {key: tensor.untyped_storage().data_ptr() for key, tensor in model.state_dict().items()}
-
-
-def _make_branches_count(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(0.2 * noise)
-
-
-def _move_statistics(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """BatchNorm statistics as training leaves them: of zero and one, eval mode normalises nothing and a net explodes."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
-    fresh = [(m, m.momentum) for m in norms if not m.num_batches_tracked]
-    if not fresh:
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    for norm, _ in fresh:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(*args, **kwargs)
-    for norm, momentum in fresh:
-        norm.momentum = momentum
-    for module, training in modes:
-        module.training = training
-
-
-def _noisy(tree: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-
-    def noisy(leaf: Any) -> Any:
-        constant = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1
-        if constant and bool((leaf == leaf.flatten()[0]).all()):
-            return torch.randn(leaf.shape, generator=generator).to(leaf)
-        return leaf
-
-    return tree_map(noisy, tree)
-
-
-def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is None:
-        return tree
-    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
 
 
 def _floats(output: Any) -> list[Tensor]:
