@@ -34,6 +34,7 @@ class StepCode:
         branch: `branch(self, x, *sides)`: a tuple of the sum of the residual's branches at the trunk `x`, and of the
             values of the branch that the frame uses elsewhere.
         whole: Whether that sum holds the (scaled) skip too.
+        leads: Whether the trunk is the first term of the frame's own sum.
         post: `post(self, total, *sides)`: what follows the sum and moves into the branch, or None.
         modules: Paths of the children both call.
         own: Paths of the parameters and buffers both read themselves.
@@ -41,6 +42,7 @@ class StepCode:
 
     branch: Callable[..., tuple[Any, ...]]
     whole: bool
+    leads: bool
     post: Callable[..., Tensor] | None
     modules: tuple[str, ...]
     own: tuple[str, ...]
@@ -64,6 +66,7 @@ def step_code(residual: Residual) -> StepCode:
     return StepCode(
         branch,
         residual.scale is not None,
+        residual.leads,
         post,
         tuple(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module")),
         tuple(dict.fromkeys(str(n.target) for n in read)),

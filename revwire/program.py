@@ -224,7 +224,7 @@ def run_step(
     if not coupling.a:
         x = as_tensor(trunk)
         out, *inner = code.branch(module, x, *sides)
-        total = out if code.whole else x + out
+        total = out if code.whole else x + out if code.leads else out + x
         total = total if code.post is None else code.post(module, total, *sides)
         return (total, *inner) if inner else total
     step = Branch(

@@ -64,6 +64,14 @@ class Residual:
         return len(self.terms) > (1 if self.scale is None else 2)
 
     @property
+    def leads(self) -> bool:
+        """Whether the trunk is the first term of the sum; a sum has the memory layout of its first term."""
+        first = self.total
+        while first in self.sums:
+            first = first.all_input_nodes[0]
+        return seen_through(self.frame, first) is self.skip
+
+    @property
     def post_name(self) -> str | None:
         """What moves into the branch after the sum, in words."""
         return " ".join(name_of(node) for node in self.post) or None

@@ -149,7 +149,6 @@ def verify(
         raise RewireError(nothing_to_rewire(chosen))
     with _random_state_kept():
         make_branches_count(pristine)
-        move_statistics(pristine, args, kwargs)
         run = _Runs(pristine, found, chosen, kind, args, kwargs)
         checks = [run.state_dict()]
         for training in (False, True):
@@ -193,9 +192,13 @@ class _Runs:
         self.args, self.kwargs = args, kwargs
         self.original = copy.deepcopy(pristine)
         self.parallel = any(r.parallel for r in found.residuals)
+        self.sharing = {f"{r.frame.path or '(model)'}#{r.index}" for r in found.residuals if r.shared}
         self._before = _storages(pristine)
         # from here on the pristine model is the rewired one that every run copies
         apply_plan(pristine, plan, found, Options(coupling))
+        # of the rewired network, which is another function
+        move_statistics(pristine, args, kwargs)
+        self.original.load_state_dict(pristine.state_dict())
 
     def wired(self, *, coupling: Coupling | None = None, replay: bool = True) -> nn.Module:
         """A rewired copy of the model."""
@@ -271,8 +274,10 @@ class _Runs:
         own += [t for step in made if step.link.end is not None for t in step.link.end[0]]
         own += [t for step in made for t in tree_leaves(step.link.sides) if isinstance(t, Tensor)]
         excused = {id(t.untyped_storage()) for t in own}
-        shares: dict[str, list[float]] = {}
+        shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
         for step in made:
+            if step.link.branch.name in self.sharing:
+                continue  # what they hand out belongs to whoever uses it
             alive = [s for ref in step.storages if (s := ref()) is not None and id(s) not in excused]
             module = step.link.branch.name.partition("#")[0]
             shares.setdefault(module, []).append(sum(s.nbytes() for s in alive) / step.trunk)

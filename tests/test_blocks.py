@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
-from agreement import WIDTH, agrees, inputs
+from agreement import WIDTH, agrees, inputs, rewired
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
+from revwire.coupling import Original
 
 
 class AddNorm(nn.Module):
@@ -64,6 +65,26 @@ def test_a_child_whose_code_is_part_of_its_caller_is_watched():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(net(x), rewired)
+
+
+@pytest.mark.parametrize("trunk_first", [True, False])
+def test_the_rewritten_sum_has_the_memory_layout_of_the_frame_s_own(trunk_first):
+    """The layout decides which kernel comes next, and so the last bits."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+        def forward(self, x):
+            out = self.conv(x).contiguous(memory_format=torch.channels_last)
+            return x + out if trunk_first else out + x
+
+    x, net = torch.randn(2, WIDTH, 5, 5), nn.Sequential(Block(), Block())
+    wanted = net(x)
+    found = rewired(net, x, Original())(x)
+    assert found.stride() == wanted.stride()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 class Append(nn.Sequential):
