@@ -1,5 +1,7 @@
 """The two promises of a rewiring, for nets written in a test: the same network, and plain autograd's gradients."""
 
+from dataclasses import replace
+
 import torch
 
 import revwire
@@ -59,3 +61,18 @@ def agrees(make, x, *, steps, seed=0, read=lambda output: output):
                 continue
             assert kept.norm() > 0, name
             torch.testing.assert_close(gradients[1][name], kept, rtol=1e-9, atol=1e-12)
+
+
+def assert_replayed_as_kept(model, x, seed=0):
+    """A rewired model has plain autograd's gradients through the same recurrence; returns them, None where none is."""
+    gradients = []
+    for replay in (True, False):
+        copy = with_options(model, replace(options_of(model), replay=replay))
+        torch.manual_seed(seed)
+        copy(x).square().sum().backward()
+        gradients.append([p.grad for p in copy.parameters()])
+    for replayed, kept in zip(*gradients, strict=True):
+        assert (replayed is None) == (kept is None)
+        if kept is not None:
+            torch.testing.assert_close(replayed, kept)
+    return gradients[0]

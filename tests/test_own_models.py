@@ -1,16 +1,14 @@
 """Nets as people write them: each is rewired, is the same network, and has plain autograd's gradients."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
-from agreement import WIDTH, agrees, inputs
+from agreement import WIDTH, agrees, assert_replayed_as_kept, inputs
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
-from revwire.surgery import options_of, with_options
 
 
 class FeedForward(nn.Sequential):
@@ -116,16 +114,7 @@ def test_layer_drop_while_training():
     model, x = revwire.rewire(Net().double(), inputs()), inputs()
     assert [len(chain.steps) for chain in revwire.plan_of(model).chains] == [6]
     for seed in (0, 1, 2, 4):  # 3 drops all layers
-        gradients = []
-        for replay in (True, False):
-            copy = with_options(model, dataclasses.replace(options_of(model), replay=replay)).train()
-            torch.manual_seed(seed)
-            copy(x).square().sum().backward()
-            gradients.append([p.grad for p in copy.parameters()])
-        for replayed, kept in zip(*gradients, strict=True):
-            assert (replayed is None) == (kept is None)
-            if kept is not None:
-                torch.testing.assert_close(replayed, kept)
+        assert_replayed_as_kept(model.train(), x, seed)
 
 
 def test_shared_weights():
@@ -230,16 +219,8 @@ class Frozen(nn.Module):
 @pytest.mark.parametrize("how", ["frozen", "no_grad"])
 def test_the_first_blocks_do_not_train(how):
     model, x = revwire.rewire(Frozen(how).double(), inputs()), inputs()
-    gradients = []
-    for replay in (True, False):
-        copy = with_options(model, dataclasses.replace(options_of(model), replay=replay)).train()
-        copy(x).square().sum().backward()
-        gradients.append([p.grad for p in copy.parameters()])
-    assert any(g is None for g in gradients[0])
-    for replayed, kept in zip(*gradients, strict=True):
-        assert (replayed is None) == (kept is None)
-        if kept is not None:
-            torch.testing.assert_close(replayed, kept)
+    gradients = assert_replayed_as_kept(model.train(), x)
+    assert any(gradient is None for gradient in gradients)
 
 
 def test_submodules_in_different_modes():
@@ -263,30 +244,3 @@ def test_submodules_in_different_modes():
             return self
 
     agrees(Net, inputs(8, WIDTH), steps=4)
-
-
-def test_random_depth_of_one_shared_net_is_the_recurrence():
-    """LayerDrop with Python's generator: the layers that run form the chain."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(Block() for _ in range(5))
-
-        def forward(self, x):
-            for layer in self.layers:
-                if self.training and random.random() < 0.4:
-                    continue
-                x = layer(x)
-            return x
-
-    x = inputs()
-    model = revwire.rewire(Net().double(), x).train()
-    random.seed(1)
-    out = model(x)
-    random.seed(1)
-    previous = current = x
-    for layer in model.layers:
-        if random.random() >= 0.4:
-            previous, current = current, previous + layer.body(current)
-    torch.testing.assert_close(out, (previous + current) / 2)
