@@ -111,9 +111,19 @@ def _close(tree: Any) -> Any:
 def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeSpec]:
     """The leaves of a structure, and what `tree_unflatten` makes it of again."""
     leaves, spec = _torch.tree_flatten(tree, is_leaf)
+    if _has_size(tree):
+        # torch makes a tuple of a torch.Size that it took apart: the same call would have two structures
+        leaves, spec = _torch.tree_flatten(_torch.tree_unflatten(leaves, spec), is_leaf)
     if any(map(_is_dataclass, leaves)):
         return _torch.tree_flatten(_open(tree, is_leaf), is_leaf)
     return leaves, spec
+
+
+def _has_size(tree: Any) -> bool:
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return any(map(_has_size, tree))
+    return any(map(_has_size, tree.values())) if kind is dict else kind is torch.Size
 
 
 def tree_leaves(tree: Any, is_leaf: IsLeaf = None) -> list[Any]:

@@ -163,6 +163,35 @@ def test_other_shapes_and_signatures_are_traced_again():
         torch.testing.assert_close(model(x, gain), (x1 + x + branch(x1, model.blocks[1])) / 2)
 
 
+@pytest.mark.parametrize("given", ["size", "tuple", "list of sizes"])
+def test_a_size_as_an_argument_is_traced_once(given):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, sizes):
+            return x + self.fc(x) * len(sizes)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x):
+            sizes = {"size": x.shape, "tuple": tuple(x.shape), "list of sizes": [x.shape, x.shape]}[given]
+            for block in self.blocks:
+                x = block(x, sizes)
+            return x
+
+    agrees(Net, inputs(), steps=2)
+    model = revwire.rewire(Net(), inputs().float())
+    for batch in (3, 3, 5, 5, 3):
+        model(torch.randn(batch, WIDTH))
+    # with the planning run's; a second one for the other batch
+    assert len(model.blocks[1].__dict__["_revwire_program"]._variants) == 2
+
+
 def test_a_call_that_cannot_be_traced_runs_the_original_and_says_so_once():
     class Block(nn.Module):
         def __init__(self):
