@@ -270,11 +270,9 @@ class Diary:
                 data = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the line that was being written when the sweep was stopped
-            row = coverage_report.row(data)
-            if isinstance(row, Planned):
-                planned[row.key] = row
-            else:
-                verified[row.key] = row
+            # not by isinstance: run as a script, this module is __main__, and its classes are others
+            row: Any = coverage_report.row(data)
+            (planned if "verdict" in data else verified)[row.key] = row
         return planned, verified
 
     def write(self, row: Planned | Verified) -> None:

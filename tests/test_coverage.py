@@ -1,15 +1,17 @@
 """The coverage sweep: what it counts, remembers, compares and tells."""
 
 import json
+import runpy
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
-from benchmarks import coverage_report, zoo
+from benchmarks import coverage, coverage_report, record, zoo
 from benchmarks.coverage import Diary, Planned, Verified, plan_one, representatives, verify_one
 from benchmarks.operators import ResidualCounter
 
@@ -79,6 +81,12 @@ def test_a_stopped_sweep_goes_on(tmp_path):
     planned, verified = Diary(diary.path, fresh=False).read()
     assert planned == {ROW.key: ROW}
     assert verified == {REPORT.key: REPORT}
+    # run as a script, the module's classes are others than those that it imports
+    script = runpy.run_path(str(Path(coverage.__file__)), run_name="script")
+    assert [set(rows) for rows in script["Diary"](diary.path, fresh=False).read()] == [
+        set(planned),
+        set(verified),
+    ]
     assert Diary(diary.path, fresh=True).read() == ({}, {})
 
 
@@ -104,3 +112,14 @@ def test_nothing_of_transformers_is_imported_for_other_models():
     code += "; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_page_tells_of_a_model_that_was_verified_with_fewer_blocks():
+    document = {
+        "architectures": [asdict(ROW)],
+        "verified": [asdict(replace(REPORT, name="resnet50, 4 blocks"))],
+        "batch": 8,
+        "median_seconds_to_plan": 1.0,
+        **record.origin("benchmarks.coverage"),
+    }
+    assert "| resnet | 1 of 1 | resnet50, 4 blocks | 5 in 2 |" in coverage_report.page(document)
