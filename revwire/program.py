@@ -25,6 +25,7 @@ from revwire.tape import Branch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from revwire.fixed import Exact
     from revwire.coupling import Coupling
 
 PROGRAM = "_revwire_program"
@@ -39,12 +40,14 @@ class Options:
 
     Attributes:
         coupling: The recurrence.
+        exact: Whether streams are in fixed point, and on which grid; True: each chain's follows what enters it.
         replay: Drop what branches save and run them again in backward; False keeps everything, as plain autograd
             through the same recurrence does, for comparison.
     """
 
     coupling: Coupling
     replay: bool = True
+    exact: Exact = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def run_step(
     module: nn.Module, planned: Planned, code: StepCode, options: Options, trunk: Any, sides: tuple[Any, ...]
 ) -> Any:
     """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`."""
-    coupling = options.coupling
+    coupling = options.coupling.in_mode(training=module.training)
     shared: list[tuple[Any, ...]] = []
 
     def branch(x: Tensor, *rest: Any) -> Tensor:
@@ -233,8 +236,8 @@ def run_step(
         [module.get_submodule(path) for path in code.modules],
         [owner_of(module, path) for path in code.own],
     )
-    if not isinstance(trunk, Streams) or not trunk.can_continue(coupling):
-        trunk = Streams.enter(as_tensor(trunk), coupling)
+    if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
+        trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     following = trunk.advance(step, sides, replay=options.replay)
     following = following.tensor() if planned.last else following
     if not shared:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from revwire._torch import register_pytree_node
 from revwire.errors import RewireError
+from revwire.fixed import Grid, Watch, dropped_bits
 from revwire.rearrange import inverse, is_rearrangement
 from revwire.structure import tree_leaves, tree_map
 from revwire.tape import Branch, Link, Tape
@@ -22,7 +23,8 @@ from revwire.tape import Branch, Link, Tape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from revwire.coupling import Coupling
+    from revwire.coupling import Coupling, Weights
+    from revwire.fixed import Exact
 
 
 # what either stream answers as the merged tensor would, without making it
@@ -46,6 +48,7 @@ class Streams:
         previous: `x[i-1]`, at least float32.
         current: `x[i]`, of the same shape, dtype and strides.
         coupling: The recurrence both belong to.
+        grid: The grid both lie on, where the chain is exact.
         dtype: What the trunk of the network as it was would have here; branches and the merged tensor get it.
         link: The step that made them, None at the entry of a chain.
         undo: Takes both back through the rearrangements made since that step, the last one first.
@@ -59,6 +62,7 @@ class Streams:
     dtype: torch.dtype
     link: Link | None = None
     undo: tuple[Callable[[Tensor], Tensor], ...] = ()
+    grid: Grid | None = None
 
     # no fields: whoever maps the tensors of a dataclass (FSDP) makes another one of its fields
     def __post_init__(self) -> None:
@@ -68,10 +72,13 @@ class Streams:
         self._views: list[tuple[Tensor, int]] = []
 
     @classmethod
-    def enter(cls, x: Tensor, coupling: Coupling) -> Streams:
-        """Start a chain from the tensor `x`."""
+    def enter(cls, x: Tensor, coupling: Coupling, exact: Exact = False) -> Streams:  # noqa: FBT001
+        """Start a chain from the tensor `x`, in fixed point if `exact`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return cls(*coupling.enter(wide), coupling, x.dtype)
+        if exact is False:
+            return cls(*coupling.enter(wide), coupling, x.dtype)
+        grid = exact if isinstance(exact, Grid) else Grid.around(wide)
+        return cls(*coupling.enter(grid.round(wide)), coupling, x.dtype, grid=grid)
 
     def tensor(self) -> Tensor:
         """The merged tensor, made once."""
@@ -125,28 +132,49 @@ class Streams:
                 branch.name, lambda x, *rest: function(x.to(narrow), *rest), branch.modules, branch.own
             )
             link.branch = branch
+        weights = self.coupling.weights(self.current, first=self.link is None)
         # a step without grad in the midst of a chain with grad is replayed too, on the way to the steps before it
         if replay and (torch.is_grad_enabled() or not link.bottom):
             out = link.run(self.current, sides)
         else:
             out = branch.function(self.current, *sides)
-        following = self.coupling.advance(self.previous, self.current, out)
+        following = self._next(link, weights, out)
         # only now: a branch that raises leaves these streams as they were, for whoever catches it to go on with
         if self.link is not None:
             self.link.taken = True
         if not torch.is_inference_mode_enabled():
             link.follow(self.link, self.current, following)
-        return Streams(self.current, following, self.coupling, torch.promote_types(narrow, out.dtype), link)
+        after = torch.promote_types(narrow, out.dtype)
+        return Streams(self.current, following, self.coupling, after, link, grid=self.grid)
 
-    def can_continue(self, coupling: Coupling) -> bool:
+    def _next(self, link: Link, weights: Weights, out: Tensor) -> Tensor:
+        """`x[i+1]`; the link is told how to take it back."""
+        if self.grid is None:
+            link.inverse = weights.retreat
+            return weights.advance(self.previous, self.current, out)
+        # nothing below the first step with a ticket is ever reconstructed
+        keep, dropped = not link.bottom, dropped_bits(self.coupling)
+        pair = self.previous, self.current
+        following, link.inverse = self.grid.advance(weights, dropped, *pair, out, keep=keep)
+        if keep:
+            if link.tape.watch is None:
+                link.tape.watch = Watch(link.tape.chain)
+            link.tape.watch.step(link, self.previous, self.grid.holds(following))
+        return following
+
+    def can_continue(self, coupling: Coupling, exact: Exact = False) -> bool:  # noqa: FBT001
         """Whether a step may go on from here; else the chain is left, and the step starts another one."""
-        return coupling == self.coupling and not self.left and not (self.link is not None and self.link.taken)
+        if coupling != self.coupling or (self.grid is not None) != (exact is not False):
+            return False
+        if isinstance(exact, Grid) and exact != self.grid:
+            return False
+        return not self.left and not (self.link is not None and self.link.taken)
 
     def _link(self, branch: Branch) -> Link:
         before = self.link
         if before is None:
-            return Link(Tape(), 0, self.coupling, branch, bottom=True)
-        link = Link(before.tape, before.position + 1, self.coupling, branch, bottom=before.silent)
+            return Link(Tape(branch.name), 0, branch, bottom=True)
+        link = Link(before.tape, before.position + 1, branch, bottom=before.silent)
         link.undo = self.undo
         return link
 
@@ -158,7 +186,8 @@ class Streams:
             # the streams need not have the strides of the trunk that the code was written for
             free = _COPYING.get(function, function)
             both = [free(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
-            moved = Streams(both[0], both[1], self.coupling, self.dtype, self.link, (undo, *self.undo))
+            undos = undo, *self.undo
+            moved = Streams(both[0], both[1], self.coupling, self.dtype, self.link, undos, self.grid)
             moved._views = self._views
             return moved
         if function in _OF_ONE_GRADIENT and not self.left:
@@ -269,7 +298,7 @@ def settle(tree: Any) -> Any:
 
 
 def _flatten(streams: Streams) -> tuple[list[Tensor], tuple[Any, ...]]:
-    context = streams.coupling, streams.dtype, streams.link, streams.undo
+    context = streams.coupling, streams.dtype, streams.link, streams.undo, streams.grid
     return [streams.previous, streams.current], context
 
 

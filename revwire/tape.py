@@ -32,7 +32,7 @@ from revwire.structure import is_object, snapshot, tree_leaves, tree_map
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from revwire.coupling import Coupling
+    from revwire.fixed import Watch
 
 Pair = tuple[Tensor, Tensor]
 """Two consecutive states of a chain, `(x[i-1], x[i])`, without history."""
@@ -85,12 +85,19 @@ class Pass:
 
 
 class Tape:
-    """One run of one chain; its links share the passes of backward over it."""
+    """One run of one chain; its links share the passes of backward over it.
 
-    __slots__ = ("passes",)
+    Attributes:
+        chain: Name of its first step.
+        watch: Looks after the range of an exact chain.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("chain", "passes", "watch")
+
+    def __init__(self, chain: str) -> None:
+        self.chain = chain
         self.passes: dict[int, Pass] = {}
+        self.watch: Watch | None = None
 
     def current(self) -> Pass:
         """The pass for the backward that this thread runs; a throw-away one outside of any."""
@@ -113,14 +120,13 @@ class Link:
         taken: Whether some step has continued from here; a second one has to enter anew.
         end: The pair after this step while no other step has continued, with its in-place versions.
         bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
+        inverse: Takes `x[i+1]`, `x[i]` and `F_i(x[i])` to `x[i-1]`.
         undo: Takes the pair back through the rearrangements between the step before and this one.
     """
 
-    def __init__(
-        self, tape: Tape, position: int, coupling: Coupling, branch: Branch, *, bottom: bool
-    ) -> None:
-        self.tape, self.position, self.bottom = tape, position, bottom
-        self.coupling, self.branch = coupling, branch
+    def __init__(self, tape: Tape, position: int, branch: Branch, *, bottom: bool) -> None:
+        self.tape, self.position, self.branch, self.bottom = tape, position, branch, bottom
+        self.inverse: Callable[[Tensor, Tensor, Tensor], Tensor]
         self.next: Link | None = None
         self.taken = False
         self.end: tuple[Pair, tuple[int, int]] | None = None
@@ -169,6 +175,8 @@ class Link:
     def redeem(self, index: int) -> Tensor:
         """The tensor that ticket `index` stands for, in the backward pass that asks for it."""
         now = self.tape.current()
+        if self.tape.watch is not None:
+            self.tape.watch.settle()
         if self.position not in now.saved:
             # steps whose branches saved nothing, or take no part in this backward, are stepped through
             to_replay = [self]
@@ -202,7 +210,7 @@ class Link:
         if out is None:
             return
         with torch.no_grad():
-            pair = self.coupling.retreat(following, current, out.detach()), current
+            pair = self.inverse(following, current, out.detach()), current
             for undo in self.undo:
                 pair = undo(pair[0]), undo(pair[1])
         now.below[self.position] = pair
