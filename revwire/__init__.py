@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from revwire.checkpoint import convert, load, save
-from revwire.coupling import Coupling, Re2TAL
+from revwire.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
 from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
+from revwire.fixed import Grid
 from revwire.plan import Chain, Plan, Skipped, Step
+from revwire.schedule import Dr2NetSchedule
 from revwire.streams import Streams
 from revwire.surgery import plan, plan_of, rewire, unwire
 from revwire.verify import Check, Report, verify
@@ -13,10 +15,15 @@ from revwire.verify import Check, Report, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "BDIA",
     "Chain",
     "Check",
     "CheckpointError",
     "Coupling",
+    "Dr2Net",
+    "Dr2NetSchedule",
+    "Grid",
+    "Momentum",
     "Plan",
     "Re2TAL",
     "ReplayError",

@@ -37,8 +37,16 @@ app = typer.Typer(
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name of a timm model (random weights), or a checkpoint file.")
 ]
+_COUPLINGS = "re2tal, dr2net, momentum or bdia, with or without coefficients: 'dr2net(alpha=1,beta=0.125)'"
 CouplingOption = Annotated[
-    str | None, typer.Option(help="How the two streams are coupled; by default the file's own, or re2tal.")
+    str | None,
+    typer.Option(help=f"How the two streams are coupled: {_COUPLINGS}; by default the file's own, or re2tal."),
+]
+ExactOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--exact/--float", help="Streams in fixed point, inverted bit for bit; by default as the file says."
+    ),
 ]
 ArchOption = Annotated[
     str | None, typer.Option(help="timm's name of the model in a file, where the file does not tell.")
@@ -75,10 +83,14 @@ def _options(
     """Rewire pretrained residual networks into reversible ones and train them with a memory-free backward."""
 
 
-@app.command(epilog="Example: revwire plan vit_base_patch16_224 --exclude 'blocks.0'")
+@app.command(
+    epilog="Example: revwire plan vit_base_patch16_224 --exclude 'blocks.0'; "
+    "revwire plan resnet50 --coupling 'dr2net(alpha=1,beta=0.125)' --exact"
+)
 def plan(
     model: ModelArgument,
     coupling: CouplingOption = None,
+    exact: ExactOption = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Rewire only modules of this path; repeatable.")
     ] = None,
@@ -95,21 +107,23 @@ def plan(
     with _working(f"planning {model}"):
         from revwire import surgery
 
-        network, own = _open(model, arch, arguments)
+        network, own, grid = _open(model, arch, arguments)
         made = surgery.plan(
             network,
             _inputs(network, size),
             coupling=coupling or own,
+            exact=grid if exact is None else exact,
             include=include or None,
             exclude=exclude or None,
         )
     _print(made, as_json=as_json)
 
 
-@app.command(epilog="Example: revwire verify resnet50")
+@app.command(epilog="Example: revwire verify resnet50; revwire verify resnet50 --coupling bdia --exact")
 def verify(
     model: ModelArgument,
     coupling: CouplingOption = None,
+    exact: ExactOption = None,
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,
     input_size: InputSizeOption = None,
@@ -120,11 +134,12 @@ def verify(
     with _working(f"verifying {model}") as say:
         from revwire.verify import verify as run_checks
 
-        network, own = _open(model, arch, arguments)
+        network, own, grid = _open(model, arch, arguments)
         report = run_checks(
             network,
             _inputs(network, size),
             coupling=coupling or own,
+            exact=grid if exact is None else exact,
             progress=lambda check: say(f"verifying {model}: {check}"),
         )
     _print(report, as_json=as_json)
@@ -132,13 +147,19 @@ def verify(
         _fail("the verification failed")
 
 
-@app.command(epilog="Example: revwire convert model.safetensors --arch vit_base_patch16_224")
+@app.command(
+    epilog="Example: revwire convert model.safetensors --arch vit_base_patch16_224; "
+    "revwire convert model.safetensors --coupling 'momentum(gamma=0.5)' --exact"
+)
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The checkpoint: safetensors, .pth or .bin.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; by default FILE.revwire.safetensors.")
     ] = None,
-    coupling: Annotated[str, typer.Option(help="How the two streams are coupled.")] = "re2tal",
+    coupling: Annotated[
+        str, typer.Option(help=f"How the two streams are coupled: {_COUPLINGS}.")
+    ] = "re2tal",
+    exact: Annotated[bool, typer.Option(help="Streams in fixed point, inverted bit for bit.")] = False,
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before writing.")] = True,
@@ -150,7 +171,14 @@ def convert(
         from revwire import checkpoint
 
         done = checkpoint.convert(
-            file, out, arch=arch, model_args=arguments, coupling=coupling, verify=check, progress=say
+            file,
+            out,
+            arch=arch,
+            model_args=arguments,
+            coupling=coupling,
+            exact=exact,
+            verify=check,
+            progress=say,
         )
     _print(done, as_json=as_json)
     if not done.ok:
@@ -194,20 +222,22 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _open(model: str, arch: str | None, model_args: dict[str, Any] | None) -> tuple[nn.Module, str]:
-    """The model that MODEL names, not rewired, and the coupling it is to be rewired with."""
+def _open(
+    model: str, arch: str | None, model_args: dict[str, Any] | None
+) -> tuple[nn.Module, str, bool | int]:
+    """The model that MODEL names, not rewired; the coupling and the grid it is to be rewired with."""
     import torch
 
     from revwire import checkpoint, timm_models
 
     path = Path(model)
     if path.is_file() or path.suffix in _FILE_SUFFIXES or arch:
-        network, coupling = checkpoint.load_plain(path, arch=arch, model_args=model_args)
-        return network, coupling or "re2tal"
+        network, own = checkpoint.load_plain(path, arch=arch, model_args=model_args)
+        return (network, own.coupling, own.exact) if own else (network, "re2tal", False)
     if not timm_models.exists(model):
         raise RevwireError(f"there is no file {model}, and {timm_models.unknown_name(model)}")
     torch.manual_seed(0)  # random weights, but the same ones every time: so are the figures
-    return timm_models.create(model, model_args or {}), "re2tal"
+    return timm_models.create(model, model_args or {}), "re2tal", False
 
 
 def _inputs(network: nn.Module, size: tuple[int, int, int] | None) -> Tensor | None:

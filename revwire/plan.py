@@ -79,15 +79,19 @@ class Plan:
 
     Attributes:
         model: Class name of the planned model.
-        coupling: Name of the coupling the steps will use.
+        coupling: Name and coefficients of the coupling the steps will use.
         chains: The chains, in the order they run.
         skipped: What is left alone, with reasons.
+        exact: Whether streams are in fixed point; a number is that of the bits after the point.
+        warnings: What will not come out well, in plain words.
     """
 
     model: str
     coupling: str
     chains: tuple[Chain, ...]
     skipped: tuple[Skipped, ...] = ()
+    exact: bool | int = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -114,7 +118,10 @@ class Plan:
         try:
             chains = tuple(Chain(tuple(_read(Step, s) for s in c["steps"])) for c in data["chains"])
             skipped = tuple(_read(Skipped, s) for s in data.get("skipped", ()))
-            return cls(str(data["model"]), str(data["coupling"]), chains, skipped)
+            exact, warnings = data.get("exact", False), tuple(map(str, data.get("warnings", ())))
+            if not isinstance(exact, int):
+                raise TypeError(f"'exact' is {exact!r}, not true, false or a number of bits")
+            return cls(str(data["model"]), str(data["coupling"]), chains, skipped, exact, warnings)
         except (KeyError, TypeError) as error:
             raise RewireError(f"not a plan: {error}") from error
 
@@ -145,7 +152,7 @@ class Plan:
         count = sum(len(chain.steps) for chain in self.chains)
         table = Table(
             title=f"{escape(self.model)}: {_plural(count, 'step')} in {_plural(len(self.chains), 'chain')}, "
-            f"coupling {escape(self.coupling)}",
+            f"coupling {escape(self.coupling)}{', exact' if self.exact is not False else ''}",
             title_justify="left",
         )
         for heading in ("chain", "steps", "trunk", "branch of each step"):
@@ -157,6 +164,8 @@ class Plan:
                 escape(chain.name), str(len(chain.steps)), " / ".join(trunks), escape("\n".join(kinds))
             )
         yield table
+        for warning in self.warnings:
+            yield f"[yellow]warning:[/] {escape(warning)}"
         if self.skipped:
             left = Table(title="left as it is", title_justify="left")
             left.add_column("module", overflow="fold")

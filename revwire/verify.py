@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revwire.coupling import Coupling, Original, coupling_of
 from revwire.errors import RewireError
+from revwire.fixed import Exact, Grid, exact_of
 from revwire.memory.measure import LiveBytes, mean_square
 from revwire.probe import Probe, probe
 from revwire.program import Options
@@ -120,6 +121,7 @@ def verify(
     example_inputs: Any = None,
     *,
     coupling: str | Coupling = "re2tal",
+    exact: bool | int | Grid = False,
     include: Globs = None,
     exclude: Globs = None,
     progress: Callable[[str], None] | None = None,
@@ -131,6 +133,7 @@ def verify(
         example_inputs: What its forward takes, at a small batch, as for `revwire.plan`. Constant floating-point
             tensors (zeros made for their shape) are replaced by noise.
         coupling: The recurrence, for a model that is not rewired.
+        exact: Whether its streams are in fixed point, for a model that is not rewired.
         include: Globs of module paths, as for `revwire.rewire`.
         exclude: Globs of module paths, as for `revwire.rewire`.
         progress: Called with the name of each check before it is measured.
@@ -140,16 +143,16 @@ def verify(
     """
     say = progress or (lambda _: None)
     say("plan")
-    pristine, wanted, kind = _pristine(model, coupling)
+    pristine, wanted, kind, streams = _pristine(model, coupling, exact)
     args, kwargs = call_arguments(pristine, example_inputs)
     args, kwargs = noisy_like(cast((args, kwargs), next((p.dtype for p in pristine.parameters()), None)))
     found = probe(pristine, args, kwargs)
-    chosen = wanted or choose_plan(found, kind, include, exclude)
+    chosen = wanted or choose_plan(found, kind, streams, include, exclude)
     if not chosen.chains:
         raise RewireError(nothing_to_rewire(chosen))
     with _random_state_kept():
         make_branches_count(pristine)
-        run = _Runs(pristine, found, chosen, kind, args, kwargs)
+        run = _Runs(pristine, found, chosen, Options(kind, exact=streams), args, kwargs)
         checks = [run.state_dict()]
         for training in (False, True):
             mode = "train" if training else "eval"
@@ -186,23 +189,23 @@ class _Runs:
     """Copies of one model, wired in different ways, and what comparing them shows."""
 
     def __init__(
-        self, pristine: nn.Module, found: Probe, plan: Plan, coupling: Coupling, args: Any, kwargs: Any
+        self, pristine: nn.Module, found: Probe, plan: Plan, options: Options, args: Any, kwargs: Any
     ) -> None:
-        self.pristine, self.plan, self.coupling = pristine, plan, coupling
+        self.pristine, self.plan, self.options = pristine, plan, options
         self.args, self.kwargs = args, kwargs
         self.original = copy.deepcopy(pristine)
         self.parallel = any(r.parallel for r in found.residuals)
         self.sharing = {f"{r.frame.path or '(model)'}#{r.index}" for r in found.residuals if r.shared}
         self._before = _storages(pristine)
         # from here on the pristine model is the rewired one that every run copies
-        apply_plan(pristine, plan, found, Options(coupling))
+        apply_plan(pristine, plan, found, options)
         # of the rewired network, which is another function
         move_statistics(pristine, args, kwargs)
         self.original.load_state_dict(pristine.state_dict())
 
-    def wired(self, *, coupling: Coupling | None = None, replay: bool = True) -> nn.Module:
-        """A rewired copy of the model."""
-        return with_options(self.pristine, Options(coupling or self.coupling, replay))
+    def wired(self, **changed: Any) -> nn.Module:
+        """A rewired copy of the model, with other options where there are `changed` ones."""
+        return with_options(self.pristine, replace(self.options, **changed))
 
     def state_dict(self) -> Check:
         """Invariant 1: the same keys and the very same tensors."""
@@ -213,7 +216,7 @@ class _Runs:
     def decomposition(self, *, training: bool) -> Check:
         """Invariant 2: the rewritten code with the plain recurrence is the original network."""
         dtype = torch.float64 if self.parallel else None
-        models = copy.deepcopy(self.original), self.wired(coupling=Original())
+        models = copy.deepcopy(self.original), self.wired(coupling=Original(), exact=False)
         args, kwargs = cast((self.args, self.kwargs), dtype)
         outputs = []
         for model in models:
@@ -318,16 +321,19 @@ def _steps_watched(meter: LiveBytes) -> Iterator[list[_Ran]]:
         Streams.advance = advance  # type: ignore[method-assign]
 
 
-def _pristine(model: nn.Module, coupling: str | Coupling) -> tuple[nn.Module, Plan | None, Coupling]:
-    """A copy of the model as it was before rewiring, with the plan and coupling it had, if any."""
+def _pristine(
+    model: nn.Module, coupling: str | Coupling, exact: bool | int | Grid
+) -> tuple[nn.Module, Plan | None, Coupling, Exact]:
+    """A copy of the model as it was before rewiring, with the plan, coupling and grid it had, if any."""
     duplicate = copy.deepcopy(model)
     duplicate.zero_grad(set_to_none=True)
     if any(p.dtype in {torch.float16, torch.bfloat16} for p in duplicate.parameters()):
         duplicate.float()
     wanted, options = plan_of(model), options_of(model)
     if wanted is None or options is None:
-        return duplicate, None, coupling_of(coupling)
-    return unwire(duplicate), wanted, options.coupling
+        kind = coupling_of(coupling)
+        return duplicate, None, kind, exact_of(exact, kind)
+    return unwire(duplicate), wanted, options.coupling, options.exact
 
 
 def _storages(model: nn.Module) -> dict[str, int]:

@@ -321,8 +321,8 @@ def test_load_leaves_the_global_generator_alone(rewired):
 
 
 def test_load_plain_undoes_a_conversion(rewired):
-    model, coupling = checkpoint.load_plain(rewired)
-    assert coupling == "re2tal"
+    model, plan = checkpoint.load_plain(rewired)
+    assert plan.coupling == "re2tal"
     assert revwire.plan_of(model) is None
     assert same_bits(dict(model.state_dict()), dict(small_vit().state_dict()))
 

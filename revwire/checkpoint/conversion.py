@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from revwire.checkpoint.reader import Source
+    from revwire.coupling import Coupling
+    from revwire.fixed import Grid
     from revwire.plan import Plan
     from revwire.timm_models import Architecture
     from revwire.verify import Report
@@ -129,7 +132,8 @@ def convert(
     *,
     arch: str | None = None,
     model_args: Mapping[str, Any] | None = None,
-    coupling: str = "re2tal",
+    coupling: str | Coupling = "re2tal",
+    exact: bool | int | Grid = False,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -143,7 +147,8 @@ def convert(
         out: Where to write; by default `model.revwire.safetensors` beside `model.safetensors`.
         arch: timm's name of the model, where the file and a `config.json` beside it do not tell.
         model_args: Arguments of `timm.create_model`; without `arch` they go over those the file names.
-        coupling: Name of the coupling the model is rewired with.
+        coupling: The coupling the model is rewired with, by name or as an object, as for `revwire.rewire`.
+        exact: Whether its streams are in fixed point, as for `revwire.rewire`.
         verify: Verify before writing.
         progress: Called with what is being done, in a few words.
 
@@ -164,7 +169,7 @@ def convert(
     say(f"building {architecture.name}")
     model = _plain(source, architecture)
     say("planning")
-    plan = surgery.plan(model, coupling=coupling)
+    plan = surgery.plan(model, coupling=coupling, exact=exact)
     if not plan.chains:
         reasons = "; ".join(f"{left.module or 'the model'}: {left.reason}" for left in plan.skipped[:3])
         raise RewireError(
@@ -172,7 +177,9 @@ def convert(
         )
     report = None
     if verify:
-        report = run_checks(model, coupling=coupling, progress=lambda check: say(f"verifying: {check}"))
+        report = run_checks(
+            model, coupling=coupling, exact=exact, progress=lambda check: say(f"verifying: {check}")
+        )
     done = Conversion(path, source.entry, architecture, plan, report, source.size)
     if report and not report.ok:
         return done
@@ -185,7 +192,7 @@ def convert(
 
 def load_plain(
     path: str | Path, *, arch: str | None = None, model_args: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, str | None]:
+) -> tuple[nn.Module, Plan | None]:
     """Load a checkpoint, converted or not, into its model as it is without rewiring.
 
     Args:
@@ -194,14 +201,14 @@ def load_plain(
         model_args: As in `convert`.
 
     Returns:
-        The model on the CPU, in float32 at least; and the coupling that a converted file names.
+        The model on the CPU, in float32 at least; and the plan that a converted file carries.
 
     Raises:
         CheckpointError: The file cannot be read, or does not fit its architecture.
     """
     source = read(path)
     plan = rewiring_of(source.metadata, source.path) if is_rewired(source.metadata) else None
-    return _plain(source, resolve(source, arch, model_args)), plan.coupling if plan else None
+    return _plain(source, resolve(source, arch, model_args)), plan
 
 
 def _plain(source: Source, architecture: Architecture) -> nn.Module:
@@ -222,6 +229,8 @@ def _measure(model: nn.Module, plan: Plan) -> Savings:
         with torch.no_grad():
             model(inputs)  # fills the caches that stay, rope tables for one, which are no activations
         plain = measure_step(model, inputs)
-        surgery.rewire(model, inputs, coupling=plan.coupling, plan=plan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the plan says it
+            surgery.rewire(model, inputs, coupling=plan.coupling, exact=plan.exact, plan=plan)
         rewired = measure_step(model, inputs)
     return Savings(len(inputs), plain, rewired)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from revwire.checkpoint.fit import build, check_fit, common_dtype
 from revwire.checkpoint.metadata import rewiring_metadata, rewiring_of
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
+from revwire.coupling import coupling_of
 from revwire.errors import CheckpointError, RevwireError, RewireError
 from revwire.timm_models import Architecture
 
@@ -43,7 +45,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     architecture = resolve(source)
     model = build(architecture, source.tensors, str(path), common_dtype(source.tensors))
     try:
-        surgery.rewire(model, coupling=plan.coupling, plan=plan)
+        surgery.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan)
     except RewireError as error:
         raise CheckpointError(
             f"{path}: its plan does not fit {architecture} as this version of timm builds it ({error}); "
@@ -74,11 +76,23 @@ def save(
     path = Path(path)
     check_out(path)
     plan = surgery.plan_of(model)
-    if plan is None:
+    options = surgery.options_of(model)
+    if plan is None or options is None:
         raise CheckpointError(
             f"this {type(model).__name__} is not rewired: call revwire.rewire first, "
             f"and pass the model itself, not a wrapper such as DistributedDataParallel"
         )
+    coupling = options.coupling  # not the plan's: a schedule may have moved it since
+    try:
+        known = coupling_of(coupling.spec)
+    except RewireError:
+        known = None
+    if known != coupling:
+        raise CheckpointError(
+            f"{coupling!r} is a coupling of your own, which no file can name; "
+            f"use revwire.Coupling({coupling.a}, {coupling.b}, {coupling.c}), or save the state_dict"
+        )
+    plan = replace(plan, coupling=coupling.spec)
     if model_args and not arch:
         raise CheckpointError("model_args= belongs to arch=: pass timm's name of the model with it")
     architecture = Architecture(arch, dict(model_args or {})) if arch else _known(model)
