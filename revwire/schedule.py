@@ -40,7 +40,7 @@ class Dr2NetSchedule:
         steps: int,
         *,
         start: tuple[float, float] = (0.875, 0.125),
-        end: tuple[float, float] = (0.0, 1.0),
+        end: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         if steps < 1:
             raise RewireError(f"a schedule has at least one step, not {steps}")

@@ -40,9 +40,13 @@ MODEL_ARGS: dict[str, Any] = {
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
 
 
-def build() -> nn.Module:
-    """The untrained model: `timm.create_model(ARCHITECTURE, **MODEL_ARGS)`, with larger initial weights."""
-    model: nn.Module = timm.create_model(ARCHITECTURE, **MODEL_ARGS)
+def build(**changed: Any) -> nn.Module:
+    """The untrained model: `timm.create_model(ARCHITECTURE, **MODEL_ARGS)`, with larger initial weights.
+
+    Args:
+        **changed: Arguments of the model that differ from `MODEL_ARGS`.
+    """
+    model: nn.Module = timm.create_model(ARCHITECTURE, **{**MODEL_ARGS, **changed})
     # timm's std of 0.02 suits widths of hundreds; at 48 the branches start near zero and take epochs to wake
     for module in model.modules():
         if isinstance(module, nn.Linear):
