@@ -77,7 +77,9 @@ WAYS = (
 def resnet() -> nn.Module:
     """A ResNet for 8x8 images: stages of 4, 4, 1 and 1 basic blocks, so two chains of three steps."""
     sizes: dict[str, Any] = {"layers": (4, 4, 1, 1), "channels": (16, 32, 32, 32)}
-    model: Any = timm.models.ResNet(timm.models.resnet.BasicBlock, in_chans=1, num_classes=data.CLASSES, **sizes)
+    model: Any = timm.models.ResNet(
+        timm.models.resnet.BasicBlock, in_chans=1, num_classes=data.CLASSES, **sizes
+    )
     model.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     assert isinstance(model, nn.Module)
@@ -160,7 +162,9 @@ def by_way(document: dict[str, Any], model: str) -> dict[str, list[list[float]]]
 
 def table(document: dict[str, Any]) -> Table:
     """Mean and spread of the test accuracy of every way."""
-    shown = Table(title="test accuracy in percent: mean ± standard deviation over seeds", title_justify="left")
+    shown = Table(
+        title="test accuracy in percent: mean ± standard deviation over seeds", title_justify="left"
+    )
     shown.add_column("model")
     shown.add_column("way")
     for epoch in SHOWN:
@@ -184,7 +188,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
         for name, runs in by_way(document, model).items():
             points = [mean_and_spread(runs, epoch) for epoch in SHOWN]
             style = ":" if name.endswith("float") else "-"
-            axis.errorbar(SHOWN, [m for m, _ in points], [s for _, s in points], fmt=style, capsize=2, label=name)
+            axis.errorbar(
+                SHOWN, [m for m, _ in points], [s for _, s in points], fmt=style, capsize=2, label=name
+            )
         axis.set(title=model, xlabel="epochs of fine-tuning", ylabel="test accuracy, %", ylim=(75, 100))
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=6, loc="lower right")
@@ -213,7 +219,9 @@ def main(
     if out.is_file() and not fresh:
         before = json.loads(out.read_text(encoding="utf-8"))
         if (before["settings"], before["ways"]) != (document["settings"], document["ways"]):
-            raise typer.BadParameter(f"{out} was measured with other settings; pass --fresh", param_hint="--out")
+            raise typer.BadParameter(
+                f"{out} was measured with other settings; pass --fresh", param_hint="--out"
+            )
         document = before
     for seed in range(seeds):
         for name in model or MODELS:

@@ -40,7 +40,9 @@ ModelArgument = Annotated[
 _COUPLINGS = "re2tal, dr2net, momentum or bdia, with or without coefficients: 'dr2net(alpha=1,beta=0.125)'"
 CouplingOption = Annotated[
     str | None,
-    typer.Option(help=f"How the two streams are coupled: {_COUPLINGS}; by default the file's own, or re2tal."),
+    typer.Option(
+        help=f"How the two streams are coupled: {_COUPLINGS}; by default the file's own, or re2tal."
+    ),
 ]
 ExactOption = Annotated[
     bool | None,
@@ -156,9 +158,7 @@ def convert(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; by default FILE.revwire.safetensors.")
     ] = None,
-    coupling: Annotated[
-        str, typer.Option(help=f"How the two streams are coupled: {_COUPLINGS}.")
-    ] = "re2tal",
+    coupling: Annotated[str, typer.Option(help=f"How the two streams are coupled: {_COUPLINGS}.")] = "re2tal",
     exact: Annotated[bool, typer.Option(help="Streams in fixed point, inverted bit for bit.")] = False,
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,

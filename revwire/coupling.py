@@ -89,7 +89,9 @@ class Coupling:
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(weight) for weight in (self.a, self.b, self.c)) or not self.c:
-            raise RewireError(f"{self!r}: a, b and c must be finite, and c not 0 (the branches would not count)")
+            raise RewireError(
+                f"{self!r}: a, b and c must be finite, and c not 0 (the branches would not count)"
+            )
         if not self.a and (self.b, self.c) != (1, 1):
             raise RewireError(
                 f"{self!r}: with a = 0, x[i-1] is lost and cannot be reconstructed; choose {self.a_is} other than 0"
@@ -296,6 +298,13 @@ _SPEC = re.compile(r"\s*([a-z0-9_]+)\s*(?:\((.*)\))?\s*", re.IGNORECASE | re.DOT
 _NUMBER = re.compile(r"\s*([a-z]+)\s*=\s*([-+0-9.e]+)\s*", re.IGNORECASE)
 
 
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def coupling_of(coupling: str | Coupling) -> Coupling:
     """The coupling a user meant: an object, a name, or a name with coefficients (`dr2net(alpha=1,beta=0.125)`).
 
@@ -312,15 +321,13 @@ def coupling_of(coupling: str | Coupling) -> Coupling:
     found: dict[str, float] = {}
     for part in (matched[2] or "").split(",") if (matched[2] or "").strip() else ():
         number = _NUMBER.fullmatch(part)
-        try:
-            if number is None or number[1] not in own or number[1] in found:
-                raise ValueError
-            found[number[1]] = float(number[2])
-        except ValueError:
+        value = _number(number[2]) if number else None
+        if number is None or value is None or number[1] not in own or number[1] in found:
             takes = f"{matched[1].lower()}({','.join(f'{name}=NUMBER' for name in own)})" if own else "none"
             raise RewireError(
                 f"cannot read {part.strip()[:40]!r} of coupling {coupling[:80]!r}; coefficients it takes: {takes}"
-            ) from None
+            )
+        found[number[1]] = value
     try:
         return named(**found)
     except TypeError:

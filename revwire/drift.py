@@ -47,7 +47,7 @@ class Drift:
 class Drifts:
     """The drift of all chains; prints as a table."""
 
-    chains: tuple[Drift, ...]
+    chains: tuple[Drift, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape
@@ -71,7 +71,7 @@ def drifts(model: nn.Module, options: Options, plan: Plan, args: Any, kwargs: An
     float_streams = replace(options, exact=False)
     ways = [(float_streams, False), (float_streams, True)]
     try:
-        exact = options.exact if options.exact is not False else exact_of(True, options.coupling)  # noqa: FBT003
+        exact = options.exact if options.exact is not False else exact_of(True, options.coupling)
         ways.append((replace(options, exact=exact), False))
     except RewireError:
         pass
@@ -109,7 +109,8 @@ def _differences(
     backward = True
     loss.backward()  # type: ignore[no-untyped-call]
     return [
-        _difference(first[id(m)][0], last[id(m)]) if m is not None and id(m) in last else None for m in watched
+        _difference(first[id(m)][0], last[id(m)]) if m is not None and id(m) in last else None
+        for m in watched
     ]
 
 

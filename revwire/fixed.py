@@ -45,7 +45,7 @@ _LAG_ELSEWHERE = 2  # steps a GPU may be ahead of the check, so that nothing wai
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:  # noqa: ARG004
-        return (x * 2.0**bits).round_().mul_(2.0**-bits)
+        return torch.mul(x, 2.0**bits).round_().mul_(2.0**-bits)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
@@ -78,7 +78,7 @@ class Grid:
 
     def round(self, x: Tensor) -> Tensor:
         """`x` on the grid, halves to even; its gradient passes unchanged."""
-        rounded: Tensor = _Rounded.apply(x, self.bits)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Rounded.apply(x, self.bits)
         return rounded
 
     def holds(self, x: Tensor) -> Tensor:
@@ -86,7 +86,14 @@ class Grid:
         return torch.linalg.vector_norm(x.detach(), math.inf) < 2.0 ** (_digits(x.dtype) - self.bits)
 
     def advance(
-        self, weights: Weights, dropped_bits: int, previous: Tensor, current: Tensor, branch: Tensor, *, keep: bool
+        self,
+        weights: Weights,
+        dropped_bits: int,
+        previous: Tensor,
+        current: Tensor,
+        branch: Tensor,
+        *,
+        keep: bool,
     ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         """One step on the grid.
 
@@ -109,7 +116,9 @@ class Grid:
         with torch.no_grad():
             cut = share * 2.0**self.bits
             cut -= cut.floor()
-        packed = _pack((cut * 2**dropped_bits).to(torch.uint8), dropped_bits) if keep and dropped_bits else None
+        packed = (
+            _pack((cut * 2**dropped_bits).to(torch.uint8), dropped_bits) if keep and dropped_bits else None
+        )
         total = (share - cut.mul_(2.0**-self.bits)) + change
         return total, partial(self.retreat, weights, packed)
 
@@ -221,7 +230,7 @@ def _on_host(flag: Tensor) -> Callable[[], bool]:
 Exact = bool | Grid
 
 
-def exact_of(exact: bool | int | Grid, coupling: Coupling) -> Exact:  # noqa: FBT001 - rewire's keyword
+def exact_of(exact: bool | int | Grid, coupling: Coupling) -> Exact:
     """What `rewire(exact=...)` meant: False, True (the grid follows the entering values), or one grid for all.
 
     Raises:
@@ -234,7 +243,7 @@ def exact_of(exact: bool | int | Grid, coupling: Coupling) -> Exact:  # noqa: FB
 
 
 def dropped_bits(coupling: Coupling) -> int:
-    """k of |a| = 2^-k: how many bits a value and step an exact chain keeps.
+    """K of |a| = 2^-k: how many bits a value and step an exact chain keeps.
 
     Raises:
         RewireError: |a| is no such power of two; the message names the nearest.

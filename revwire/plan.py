@@ -119,11 +119,12 @@ class Plan:
             chains = tuple(Chain(tuple(_read(Step, s) for s in c["steps"])) for c in data["chains"])
             skipped = tuple(_read(Skipped, s) for s in data.get("skipped", ()))
             exact, warnings = data.get("exact", False), tuple(map(str, data.get("warnings", ())))
-            if not isinstance(exact, int):
-                raise TypeError(f"'exact' is {exact!r}, not true, false or a number of bits")
-            return cls(str(data["model"]), str(data["coupling"]), chains, skipped, exact, warnings)
+            read = cls(str(data["model"]), str(data["coupling"]), chains, skipped, exact, warnings)
         except (KeyError, TypeError) as error:
             raise RewireError(f"not a plan: {error}") from error
+        if not isinstance(exact, int):
+            raise RewireError(f"not a plan: 'exact' is {exact!r}, not true, false or a number of bits")
+        return read
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -25,8 +25,8 @@ from revwire.tape import Branch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from revwire.fixed import Exact
     from revwire.coupling import Coupling
+    from revwire.fixed import Exact
 
 PROGRAM = "_revwire_program"
 """The attribute that holds a rewired module's `Program`."""

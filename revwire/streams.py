@@ -72,7 +72,7 @@ class Streams:
         self._views: list[tuple[Tensor, int]] = []
 
     @classmethod
-    def enter(cls, x: Tensor, coupling: Coupling, exact: Exact = False) -> Streams:  # noqa: FBT001
+    def enter(cls, x: Tensor, coupling: Coupling, exact: Exact = False) -> Streams:
         """Start a chain from the tensor `x`, in fixed point if `exact`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if exact is False:
@@ -162,7 +162,7 @@ class Streams:
             link.tape.watch.step(link, self.previous, self.grid.holds(following))
         return following
 
-    def can_continue(self, coupling: Coupling, exact: Exact = False) -> bool:  # noqa: FBT001
+    def can_continue(self, coupling: Coupling, exact: Exact = False) -> bool:
         """Whether a step may go on from here; else the chain is left, and the step starts another one."""
         if coupling != self.coupling or (self.grid is not None) != (exact is not False):
             return False

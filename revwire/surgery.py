@@ -251,7 +251,10 @@ def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
             f"the plan was made for coupling {wanted.coupling!r}, not {fresh.coupling!r}; "
             f"pass coupling={wanted.coupling!r}"
         )
-    if (type(wanted.exact), wanted.exact) != (type(fresh.exact), fresh.exact):  # True == 1, but is another grid
+    if (type(wanted.exact), wanted.exact) != (
+        type(fresh.exact),
+        fresh.exact,
+    ):  # True == 1, but is another grid
         raise RewireError(
             f"the plan was made for exact={wanted.exact}, not {fresh.exact}; pass exact={wanted.exact}"
         )

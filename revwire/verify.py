@@ -11,7 +11,7 @@ import copy
 import math
 import statistics
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +89,7 @@ class Report:
 
     model: str
     checks: tuple[Check, ...]
-    drift: Drifts = Drifts(())
+    drift: Drifts = field(default_factory=Drifts)
 
     @property
     def ok(self) -> bool:
@@ -271,7 +271,9 @@ class _Runs:
 
     def _exact(self, step: _Step) -> bool:
         """Whether gradients have to be equal to the bit; GPU kernels add up in an order of their own."""
-        return self.options.exact is not False and all(g.device.type == "cpu" for g in step.gradients.values())
+        return self.options.exact is not False and all(
+            g.device.type == "cpu" for g in step.gradients.values()
+        )
 
     def _noise(self, rounding: float, *, training: bool) -> tuple[float, str]:
         """What the inverse makes of rounding errors over the longest chain, and that in words."""
@@ -279,7 +281,7 @@ class _Runs:
         if self.options.exact is not False or not coupling.a or coupling.noise == 1:
             return 0.0, ""
         steps = max(len(chain.steps) for chain in self.plan.chains)
-        note = f"; the inverse amplifies rounding {coupling.noise:.3g} times a step, {steps} steps (exact=True does not)"
+        note = f"; the inverse amplifies rounding {coupling.noise:.3g} times a step, {steps} steps"
         return math.exp(min(0.0, math.log(4 * rounding) + steps * math.log(coupling.noise))), note
 
     def reconstruction(self, drift: Drifts) -> Iterator[Check]:

@@ -19,7 +19,11 @@ class Block(nn.Module):
     def __init__(self, dropout=0.1, width=WIDTH):
         super().__init__()
         self.body = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
         )
 
     def forward(self, x):
@@ -56,9 +60,17 @@ def _last(previous, current):
 RULES = {
     "re2tal": (revwire.Re2TAL(), _same, lambda i, x: (1.0, 0.0, 1.0), lambda p, c: (p + c) / 2),
     "dr2net": (
-        revwire.Dr2Net(0.875, 0.125), lambda x: (torch.zeros_like(x), x), lambda i, x: (0.125, 0.875, 1.0), _last,
+        revwire.Dr2Net(0.875, 0.125),
+        lambda x: (torch.zeros_like(x), x),
+        lambda i, x: (0.125, 0.875, 1.0),
+        _last,
     ),
-    "dr2net (0, 1)": (revwire.Dr2Net(0, 1), lambda x: (torch.zeros_like(x), x), lambda i, x: (1.0, 0.0, 1.0), _last),
+    "dr2net (0, 1)": (
+        revwire.Dr2Net(0, 1),
+        lambda x: (torch.zeros_like(x), x),
+        lambda i, x: (1.0, 0.0, 1.0),
+        _last,
+    ),
     "momentum": (revwire.Momentum(0.5), _same, lambda i, x: (-0.5, 1.5, 0.5), _last),
     "bdia": (revwire.BDIA(), _same, _bdia, _last),
     "own": (revwire.Coupling(-0.25, 1.25, 2.0), _same, lambda i, x: (-0.25, 1.25, 2.0), _last),

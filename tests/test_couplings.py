@@ -12,11 +12,11 @@ from couplings import RULES, WIDTH, Trunk, rewired
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NETS, assert_same, gradients, loss
-from torch import nn
 
 import revwire
 from revwire import RewireError
 from revwire.coupling import Original, coupling_of
+from revwire.drift import drifts
 from revwire.program import Options
 from revwire.surgery import options_of, set_coupling, with_options
 
@@ -53,8 +53,10 @@ def test_the_networks_function_is_kept_to_the_bit(name, coupling):
     model = with_options(revwire.rewire(copy.deepcopy(net), x), Options(coupling))
     found = model.eval()(x)
     assert torch.equal(wanted, found)
-    gradients_of = [torch.autograd.grad(loss(out), list(m.parameters()), allow_unused=True) for out, m in
-                    ((wanted, net), (found, model))]
+    gradients_of = [
+        torch.autograd.grad(loss(out), list(m.parameters()), allow_unused=True)
+        for out, m in ((wanted, net), (found, model))
+    ]
     assert all(torch.equal(w, f) for w, f in zip(*gradients_of, strict=True) if w is not None)
 
 
@@ -67,14 +69,16 @@ def test_dr2net_tends_to_the_network_as_beta_vanishes(name):
     distances = []
     for beta in (1e-3, 1e-6, 1e-9):
         set_coupling(model, revwire.Dr2Net(1, beta))
-        distances.append(float((model(x) - wanted).abs().max() / wanted.abs().max()))
+        distances.append(float((model(x) - wanted).detach().abs().max() / wanted.detach().abs().max()))
     assert distances[0] > distances[1] > distances[2]
     assert distances[2] < 1e-6
 
 
 def test_bdia_draws_both_signs_per_sample_and_step_and_averages_to_the_network():
     net = Trunk(2, dropout=0.0).double()
-    for block in net.blocks:  # branches that do not depend on the trunk, so that the mean is the network's to the end
+    for (
+        block
+    ) in net.blocks:  # branches that do not depend on the trunk, so that the mean is the network's to the end
         block.body[0].weight.data.zero_()
         block.body[0].bias.data.normal_()
     x = x_of(batch=4000, dtype=torch.float64)
@@ -142,7 +146,7 @@ def test_specs_that_make_no_coupling(text, says):
     [
         (revwire.Re2TAL(), 1),
         (revwire.Dr2Net(1, 0.1), 10.9),
-        (revwire.Dr2Net(1, 0.5), 2.7),
+        (revwire.Dr2Net(1, 0.5), 1 + math.sqrt(3)),
         (revwire.Dr2Net(0.1, 0.9), 1.11),
         (revwire.BDIA(), 2),
         (revwire.Momentum(0.9), 1 / 0.9),
@@ -305,10 +309,9 @@ def test_a_plan_for_another_grid_is_refused():
     assert revwire.Plan.from_json(plan.to_json()) == plan
 
 
-def test_bf16_streams_would_have_cost():
-    """Streams stay float32 under autocast; in bfloat16 the same recurrence gets its gradients wrong."""
-    net = Trunk(24, dropout=0.0)
-    x = x_of()
+def test_streams_stay_float32_under_autocast_and_bf16_ones_would_have_cost():
+    """The recurrence by hand with bfloat16 streams loses its input; ours, under autocast to bfloat16, does not."""
+    net, x = Trunk(24, dropout=0.0), x_of()
     truth = rewired("re2tal", copy.deepcopy(net).double(), x.double(), replay=False)
     loss(truth(x.double())).backward()
     errors = {}
@@ -319,19 +322,16 @@ def test_bf16_streams_would_have_cost():
         assert out.dtype == torch.float32
         loss(out).backward()
         errors[replay] = _error(truth, model)
-    narrow = copy.deepcopy(net)
+    assert errors[True] == pytest.approx(errors[False], rel=1e-3)
+    (drift,) = drifts(model, Options(revwire.Re2TAL()), revwire.plan(Trunk(24), x), (x,), {}).chains
     previous = current = x.bfloat16()
-    narrow = narrow.bfloat16()
-    with torch.no_grad():
-        pairs = [(previous, current)]
-        for block in narrow.blocks:
-            previous, current = current, previous + block(current)
-            pairs.append((previous, current))
-        for block in reversed(narrow.blocks):
-            previous, current = current - block(previous), previous
-    bf16_drift = float((current - x).float().norm() / x.norm())
-    assert errors[True] == pytest.approx(errors[False], rel=0.05)
-    assert bf16_drift > 1e-2
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for block in net.blocks:
+            previous, current = current, previous + block(current).bfloat16()
+        for block in reversed(net.blocks):
+            previous, current = current - block(previous).bfloat16(), previous
+    narrow = float((current.float() - x.bfloat16().float()).abs().max() / x.abs().max())
+    assert narrow > 1000 * drift.bfloat16
 
 
 def _error(truth, model):
@@ -340,6 +340,6 @@ def _error(truth, model):
     return math.sqrt(difference / sum(float(t.square().sum()) for t in gradients(truth)))
 
 
-def test_a_module_without_parameters_of_its_own_still_prints_its_coupling():
-    assert "coupling bdia(gamma=0.5), exact" in str(revwire.plan(Trunk(2), x_of(), coupling="bdia", exact=True))
-    assert isinstance(revwire.rewire(Trunk(2), x_of(), coupling="bdia"), nn.Module)
+def test_a_plan_prints_coefficients_and_exactness():
+    told = " ".join(str(revwire.plan(Trunk(2), x_of(), coupling="bdia", exact=True)).split())
+    assert "2 steps in 1 chain, coupling bdia(gamma=0.5), exact" in told

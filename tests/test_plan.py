@@ -129,7 +129,9 @@ def test_inputs_that_are_missing_or_wrong():
         revwire.plan(nn.Sequential(Block(4), Block(4)), torch.zeros(2, 5))
     with pytest.raises(RewireError, match="a tensor, a tuple or a dict"):
         revwire.plan(nn.Sequential(Block(4), Block(4)), 3)
-    with pytest.raises(RewireError, match="unknown coupling 'retal'; known: re2tal, dr2net, momentum, bdia, coupling"):
+    with pytest.raises(
+        RewireError, match="unknown coupling 'retal'; known: re2tal, dr2net, momentum, bdia, coupling"
+    ):
         revwire.plan(small_vit(), coupling="retal")
 
 

@@ -1,0 +1,269 @@
+"""Exact streams: every input comes back bit for bit, gradients are those of the rounded recurrence, to the bit."""
+
+import copy
+import math
+import warnings
+
+import couplings
+import pytest
+import torch
+from couplings import RULES, WIDTH, Block, Trunk, kept, rewired
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import gradients, loss
+from torch import nn
+
+import revwire
+from revwire import Grid, RewireError
+from revwire.coupling import Weights
+from revwire.drift import drifts
+from revwire.fixed import Watch, _pack, dropped_bits
+from revwire.memory.measure import LiveBytes
+from revwire.program import Options
+from revwire.surgery import options_of, plan_of
+
+
+def x_of(seed=0, batch=4, dtype=torch.float32):
+    return torch.randn(batch, 3, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def equal(wanted, found):
+    return all(torch.equal(w, f) for w, f in zip(wanted, found, strict=True) if w is not None)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("depth", [12, 48, 200])
+@pytest.mark.parametrize("name", RULES)
+def test_every_input_comes_back_and_gradients_are_plain_autograds(name, depth, bfloat16):
+    torch.manual_seed(depth)
+    net, x, bits = Trunk(depth).train(), x_of(), 12
+    net.requires_grad_()
+    for block in net.blocks:  # a trunk that grows with depth stays within the grid
+        block.body[-1].weight.data.mul_(0.3)
+    model = rewired(name, copy.deepcopy(net), x, exact=Grid(bits))
+    torch.manual_seed(1)
+    plain = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        states, wanted = couplings.reference(name, net.blocks, plain, bits)
+    loss(wanted.float()).backward()
+    results = [[wanted, plain.grad, *gradients(net), torch.rand(1)]]
+    calls = []
+    for block in model.blocks:
+        block.body[0].register_forward_pre_hook(lambda _, a: calls.append(a[0].detach().clone()))
+    torch.manual_seed(1)
+    inner = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = model(inner)
+    loss(out.float()).backward()
+    results.append([out, inner.grad, *gradients(model), torch.rand(1)])
+    given_forward, given_backward = calls[:depth], calls[depth:]
+    assert all(r is None or r.isfinite().all() for r in results[0])
+    assert equal(*results)
+    assert len(given_forward) == len(given_backward) == depth
+    assert equal(states[:-1], given_forward)
+    for forward, backward in zip(given_forward, reversed(given_backward), strict=True):
+        assert torch.equal(forward.view(torch.int32), backward.view(torch.int32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(-3, 14),
+    st.sampled_from([1.0, -1.0, *(s * 2.0**-k for k in range(1, 9) for s in (1, -1))]),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.integers(0, 2**31),
+    st.sampled_from([(1,), (7,), (8,), (3, 5), (2, 3, 11), (0, 4)]),
+)
+def test_a_step_and_back(dtype, bits, a, b, c, seed, shape):
+    generator = torch.Generator().manual_seed(seed)
+    grid, weights = Grid(bits), Weights(a, b, c)
+    previous, current = (
+        torch.randint(-(2**9), 2**9, shape, generator=generator).to(dtype) * 2.0**-bits for _ in range(2)
+    )
+    branch = 3 * torch.randn(shape, generator=generator, dtype=dtype)
+    k = round(-math.log2(abs(a)))
+    following, back = grid.advance(weights, k, previous, current, branch, keep=True)
+    exact = a * previous.double() + b * current.double() + c * branch.double()
+    assert torch.equal(following * 2.0**bits, (following * 2.0**bits).round())  # on the grid
+    assert ((following.double() - exact).abs() < 1.51 * 2.0**-bits).all()
+    found = back(following, current, branch)
+    assert torch.equal(found, previous)
+    assert not (found.signbit() & (found == 0)).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 70), st.integers(0, 2**31))
+def test_packed_bits_take_k_bits_a_value_and_come_back(bits, count, seed):
+    values = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(seed))
+    packed = _pack(values.to(torch.uint8), bits)
+    assert packed.planes.numel() == bits * math.ceil(count / 8)
+    assert torch.equal(packed.unpacked(torch.empty(count)), values.float())
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("re2tal", 0), ("dr2net (0, 1)", 0), ("bdia", 1), ("momentum", 1), ("own", 2), ("dr2net", 3)],
+)
+def test_extra_bytes_a_step(name, bits):
+    x, held = torch.randn(64, 32, WIDTH), {}
+    for exact in (False, Grid(12)):
+        for depth in (8, 24):
+            model = rewired(name, Trunk(depth), x, exact=exact).train()
+            meter = LiveBytes()
+            with meter:
+                out = model(x)
+                held[exact, depth] = meter.live
+            del out
+    trunk = x.numel() * 4
+    growth = [(held[exact, 24] - held[exact, 8]) / 16 / trunk for exact in (False, Grid(12))]
+    assert growth[1] - growth[0] == pytest.approx(bits / 32, abs=1e-3)
+
+
+def test_the_grid_follows_what_enters():
+    for scale in (1e-6, 1.0, 3e4):
+        x = scale * torch.randn(100)
+        grid = Grid.around(x)
+        assert 2.0**24 / 2 <= 2**8 * float(x.abs().max()) * 2.0**grid.bits * 2 <= 2.0**25
+        assert float((grid.round(x) - x).abs().max()) <= 2.0 ** -(grid.bits + 1)
+    assert Grid.around(torch.zeros(3)).bits == Grid.around(torch.full((3,), math.nan)).bits
+    assert Grid.around(torch.ones(3, dtype=torch.float64)).bits > Grid.around(torch.ones(3)).bits
+
+
+class Loud(nn.Module):
+    """A branch whose values leave any grid that is chosen for what enters."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.inner, self.factor = Block(0.0), factor
+
+    def forward(self, x):
+        return self.factor * self.inner(x)
+
+
+class Crescendo(nn.Module):
+    def __init__(self, factors):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Loud, factors))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("name", RULES)
+def test_values_that_leave_the_range_are_told_once_and_cost_no_gradient(name, lag, monkeypatch):
+    monkeypatch.setitem(revwire.fixed._LAG, "cpu", lag)
+    factors, x = (1.0, 1.0, 1e6, 1.0, -1e6, 1.0, 1e9, 1.0, 1.0), x_of()
+    model = rewired(name, Crescendo(factors), x, exact=True).train()
+    found = []
+    for net in (kept(model), model):
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            inner = x.clone().requires_grad_()
+            loss(net(inner)).backward()
+        found.append([inner.grad, *gradients(net)])
+    assert equal(*found)
+    assert len(told) == 1
+    assert "the chain from (model)#0: values have left the range of its exact grid at (model)#" in str(
+        told[0].message
+    )
+
+
+def test_the_watch_does_not_keep_a_dropped_graph_alive():
+    class Link:
+        pass
+
+    watch, link = Watch("chain"), Link()
+    watch._waiting.append((revwire.fixed.weakref.ref(link), torch.zeros(1), lambda: False))
+    del link
+    watch.settle()
+    assert not watch._waiting
+
+
+@pytest.mark.parametrize(
+    ("coupling", "says"),
+    [
+        (revwire.Dr2Net(1, 0.1), "beta = 1, 1/2.*the nearest: 0.0625 or 0.125"),
+        (revwire.Dr2Net(1, 3.0), "the nearest: 1$"),
+        (revwire.Dr2Net(1, 1e-4), "the nearest: 0.00390625"),
+        (revwire.Momentum(0.9), "gamma = 1.*the nearest: 0.5$"),
+        (revwire.BDIA(0.3), "the nearest: 0.25 or 0.5"),
+        (revwire.Coupling(-0.7, 1, 1), "the nearest: 0.5 or 1"),
+    ],
+)
+def test_other_coefficients_are_refused_with_the_nearest(coupling, says):
+    with pytest.raises(RewireError, match=says):
+        revwire.rewire(Trunk(2), x_of(), coupling=coupling, exact=True)
+    nearest = [float(word) for word in says.split("nearest: ")[1].rstrip("$").split(" or ")]
+    for value in nearest:
+        if isinstance(coupling, revwire.BDIA | revwire.Momentum):
+            dropped_bits(type(coupling)(value))
+        elif isinstance(coupling, revwire.Dr2Net):
+            dropped_bits(revwire.Dr2Net(1, value))
+
+
+@pytest.mark.parametrize("bits", [101, -101, 1.5, "12"])
+def test_grids_that_cannot_be(bits):
+    with pytest.raises(RewireError, match="between -100 and 100 bits"):
+        revwire.rewire(Trunk(2), x_of(), exact=bits)
+
+
+def test_a_given_grid_holds_for_every_chain_and_survives_a_copy():
+    model = revwire.rewire(Trunk(3), x_of(), coupling="bdia", exact=10)
+    assert options_of(copy.deepcopy(model)).exact == Grid(10)
+    assert plan_of(model).exact == 10
+    assert not isinstance(plan_of(model).exact, bool)
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda _, a: seen.append(a[0].detach().clone()))
+    model.train()(x_of())
+    assert torch.equal(seen[0] * 2**10, (seen[0] * 2**10).round())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_second_order_and_retained_graphs(name):
+    x = x_of(dtype=torch.float64)
+    model = rewired(name, Trunk(4, dropout=0.0).double(), x, exact=True).train()
+    found = []
+    for net in (kept(model), model):
+        torch.manual_seed(0)
+        inner = x.clone().requires_grad_()
+        out = loss(net(inner))
+        (once,) = torch.autograd.grad(out, inner, create_graph=True)
+        again = torch.autograd.grad(out, inner, retain_graph=True)[0]
+        once.square().sum().backward()
+        found.append([once.detach(), again, inner.grad, *gradients(net)])
+    assert equal(*found)
+    assert found[0][2].norm() > 0
+
+
+def test_drift_tells_float_from_exact():
+    x = x_of()
+    model = rewired("bdia", Trunk(12, dropout=0.0), x)
+    (drift,) = drifts(model, Options(revwire.BDIA()), plan_of(model), (x,), {}).chains
+    assert drift.steps == 12
+    assert drift.exact == 0
+    assert 1e-7 < drift.float32 < 1e-2
+    assert drift.bfloat16 > 0
+    (drift,) = drifts(model, Options(revwire.Dr2Net(1, 0.3)), plan_of(model), (x,), {}).chains
+    assert drift.exact is None
+
+
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia", "momentum", "dr2net(alpha=0.875,beta=0.125)"])
+def test_verify_holds_exact_chains_to_the_bit(coupling):
+    report = revwire.verify(Trunk(8), x_of(), coupling=coupling, exact=True)
+    assert report.ok, report
+    bounds = {check.name: check.bound for check in report.checks}
+    assert bounds["gradients, train, float32"] == bounds["chain inputs, exact"] == 0
+    assert report.to_dict()["drift"][0]["exact"] == 0
+
+
+def test_verify_does_not_pass_float_streams_that_lose_the_gradient():
+    report = revwire.verify(Trunk(24), x_of(), coupling="bdia")
+    failed = [check.name for check in report.checks if not check.ok]
+    assert failed == ["gradients, train, float32"]
+    assert report.drift.chains[0].float32 > 1e-2
+    assert revwire.verify(Trunk(12), x_of(), coupling="bdia").ok
