@@ -7,10 +7,11 @@ from revwire.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
 from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
 from revwire.fixed import Grid
 from revwire.plan import Chain, Plan, Skipped, Step
+from revwire.report import Check, Report
 from revwire.schedule import Dr2NetSchedule
 from revwire.streams import Streams
 from revwire.surgery import plan, plan_of, rewire, unwire
-from revwire.verify import Check, Report, verify
+from revwire.verify import verify
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ history. What backward reconstructs belongs to one backward pass (`Pass`) and is
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,26 +39,21 @@ Pair = tuple[Tensor, Tensor]
 """Two consecutive states of a chain, `(x[i-1], x[i])`, without history."""
 
 
+@dataclass(eq=False, slots=True)
 class Branch:
     """One step's residual branch as a function of the trunk and its side inputs, and the modules it runs.
 
-    Args:
+    Attributes:
         name: What messages call the step, such as `blocks.3#0`.
         function: `F(x, *sides)`.
         modules: The modules it calls.
         own: The parameters it reads itself, as (owner, name).
     """
 
-    __slots__ = ("function", "modules", "name", "own")
-
-    def __init__(
-        self,
-        name: str,
-        function: Callable[..., Tensor],
-        modules: Sequence[nn.Module] = (),
-        own: Sequence[tuple[nn.Module, str]] = (),
-    ) -> None:
-        self.name, self.function, self.modules, self.own = name, function, modules, own
+    name: str
+    function: Callable[..., Tensor]
+    modules: Sequence[nn.Module] = ()
+    own: Sequence[tuple[nn.Module, str]] = ()
 
 
 class Ticket:
@@ -85,12 +81,7 @@ class Pass:
 
 
 class Tape:
-    """One run of one chain; its links share the passes of backward over it.
-
-    Attributes:
-        chain: Name of its first step.
-        watch: Looks after the range of an exact chain.
-    """
+    """One run of a chain that begins with step `chain`; its links share the passes of backward and the `watch`."""
 
     __slots__ = ("chain", "passes", "watch")
 
@@ -120,7 +111,7 @@ class Link:
         taken: Whether some step has continued from here; a second one has to enter anew.
         end: The pair after this step while no other step has continued, with its in-place versions.
         bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
-        inverse: Takes `x[i+1]`, `x[i]` and `F_i(x[i])` to `x[i-1]`.
+        inverse: From `x[i+1]`, `x[i]` and `F_i(x[i])` to `x[i-1]`.
         undo: Takes the pair back through the rearrangements between the step before and this one.
     """
 

@@ -11,19 +11,20 @@ import copy
 import math
 import statistics
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from revwire.coupling import Coupling, Original, coupling_of
-from revwire.drift import Drifts, drifts
+from revwire.drift import drifts
 from revwire.errors import RewireError
 from revwire.fixed import Exact, Grid, dropped_bits, exact_of
 from revwire.memory.measure import LiveBytes, mean_square
 from revwire.probe import Probe, probe
 from revwire.program import Options
+from revwire.report import Check, Report
 from revwire.specimen import cast, make_branches_count, move_statistics, noisy_like
 from revwire.streams import Streams
 from revwire.structure import tree_leaves
@@ -44,8 +45,7 @@ from revwire.surgery import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from rich.console import Console, ConsoleOptions, RenderResult
-
+    from revwire.drift import Drifts
     from revwire.plan import Plan
     from revwire.tape import Link
 
@@ -59,68 +59,6 @@ HELD_BOUND = 0.05
 # a parameter whose true gradient is zero (the bias of a key projection) has nothing but rounding errors to compare:
 # differences are relative to at least this share of the largest gradient norm of the model
 GRADIENT_FLOOR = 1e-3
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise, measured.
-
-    Attributes:
-        name: What was compared.
-        figure: What was measured.
-        bound: The most that `figure` may be.
-        detail: Where the figure comes from.
-    """
-
-    name: str
-    figure: float
-    bound: float
-    detail: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the figure is within its bound; a NaN is not."""
-        return self.figure <= self.bound
-
-
-@dataclass(frozen=True)
-class Report:
-    """The checks of one model, and how far its chains drift; prints as tables."""
-
-    model: str
-    checks: tuple[Check, ...]
-    drift: Drifts = field(default_factory=Drifts)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check is within its bound."""
-        return all(check.ok for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready dicts and lists."""
-        return {
-            "model": self.model,
-            "ok": self.ok,
-            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
-            "drift": [asdict(drift) for drift in self.drift.chains],
-        }
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
-        from rich.table import Table
-
-        verdict = "[green]verified[/]" if self.ok else "[red]NOT verified[/]"
-        table = Table(title=f"{escape(self.model)}: {verdict}", title_justify="left")
-        table.add_column("check", overflow="fold")
-        table.add_column("measured", justify="right")
-        table.add_column("at most", justify="right")
-        table.add_column("")
-        table.add_column("where", overflow="fold")
-        for check in self.checks:
-            mark = "[green]ok[/]" if check.ok else "[red]FAILED[/]"
-            table.add_row(check.name, f"{check.figure:.2g}", f"{check.bound:.2g}", mark, escape(check.detail))
-        yield table
-        yield self.drift
 
 
 def verify(

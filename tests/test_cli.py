@@ -14,7 +14,7 @@ import revwire
 from revwire import checkpoint
 from revwire.checkpoint import conversion
 from revwire.cli import app
-from revwire.verify import Check, Report
+from revwire.report import Check, Report
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from revwire.coupling import Coupling
     from revwire.fixed import Grid
     from revwire.plan import Plan
+    from revwire.report import Report
     from revwire.timm_models import Architecture
-    from revwire.verify import Report
 
 Progress = Callable[[str], None]
 
