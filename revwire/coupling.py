@@ -238,7 +238,7 @@ class BDIA(Coupling):
     samples are the entries of the trunk's first dimension. A chain starts with `x[1] = x[0] + F_0(x[0])` and ends with
     the last stream. In eval mode g is its mean, 0: the pretrained network itself, run as it was, to the bit. That
     holds nothing to reverse, so gradients in eval mode cost the memory of the plain network. Its inverse amplifies
-    rounding errors 1 / gamma times a step.
+    rounding errors 1 / gamma times a step. Three numbers per sample and step are kept for backward.
 
     Attributes:
         gamma: Size of g, between 0 and 1.

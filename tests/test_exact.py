@@ -254,7 +254,7 @@ def test_drift_tells_float_from_exact():
 
 @pytest.mark.parametrize("coupling", ["re2tal", "bdia", "momentum", "dr2net(alpha=0.875,beta=0.125)"])
 def test_verify_holds_exact_chains_to_the_bit(coupling):
-    report = revwire.verify(Trunk(8), x_of(), coupling=coupling, exact=True)
+    report = revwire.verify(Trunk(8), torch.randn(4, 32, WIDTH), coupling=coupling, exact=True)
     assert report.ok, report
     bounds = {check.name: check.bound for check in report.checks}
     assert bounds["gradients, train, float32"] == bounds["chain inputs, exact"] == 0
@@ -262,8 +262,8 @@ def test_verify_holds_exact_chains_to_the_bit(coupling):
 
 
 def test_verify_does_not_pass_float_streams_that_lose_the_gradient():
-    report = revwire.verify(Trunk(24), x_of(), coupling="bdia")
+    report = revwire.verify(Trunk(24), torch.randn(4, 32, WIDTH), coupling="bdia")
     failed = [check.name for check in report.checks if not check.ok]
     assert failed == ["gradients, train, float32"]
     assert report.drift.chains[0].float32 > 1e-2
-    assert revwire.verify(Trunk(12), x_of(), coupling="bdia").ok
+    assert revwire.verify(Trunk(12), torch.randn(4, 32, WIDTH), coupling="bdia").ok
