@@ -34,6 +34,7 @@ class Step:
         post: The operation after the addition that moves into the branch (an activation), if there is one.
         scale: What multiplies the trunk in the addition, if it is not added as it is; the branch is then the whole
             block less the trunk, `F(x) = s * x + f(x) - x`.
+        block: Whether it is no addition but a child of an `nn.Sequential`, `F(x) = G(x) - x`.
         line: `file.py:123`, where the addition stands in the source.
     """
 
@@ -44,6 +45,7 @@ class Step:
     sides: tuple[str, ...] = ()
     post: str | None = None
     scale: str | None = None
+    block: bool = False
     line: str = ""
 
     @property
@@ -199,6 +201,8 @@ def _plural(count: int, noun: str) -> str:
 
 def _describe(step: Step) -> str:
     text = " ".join(step.branch) or "(functions)"
+    if step.block:
+        text += " | whole, less its input"
     if step.scale:
         text += f" | {step.scale} scales the trunk"
     if step.post:

@@ -19,10 +19,12 @@ from revwire.dataflow import rearranges
 from revwire.errors import RewireError
 from revwire.plan import Chain, Plan, Skipped, Step
 from revwire.record import Recorder
-from revwire.residual import Residual, find_residuals, name_of
+from revwire.residual import Residual, find_blocks, find_residuals, name_of
 from revwire.structure import tree_leaves
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from revwire.frame import Frame, Identity
@@ -39,6 +41,7 @@ class Probe:
         model: The model that ran.
         frames: Every module call, in running order.
         residuals: All residual additions, in running order; a module called twice has each twice.
+        blocks: Children of `nn.Sequential`s that can be steps of a coupling with b != 0, in running order.
         notes: Sums that look like residuals and are none: (module path, reason).
         origins: Which tensor each rearranged tensor came from.
     """
@@ -48,6 +51,7 @@ class Probe:
     residuals: tuple[Residual, ...]
     notes: tuple[tuple[str, str], ...]
     origins: dict[Identity, Identity]
+    blocks: tuple[Residual, ...] = ()
 
 
 def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
@@ -77,15 +81,18 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         for module in training:
             module.training = True
     residuals: list[Residual] = []
+    blocks: list[Residual] = []
     notes: list[tuple[str, str]] = []
     for frame in recorder.frames:
         if frame.graph is not None:
             found, reasons = find_residuals(frame)
             residuals.extend(found)
+            blocks.extend(find_blocks(frame))
             notes.extend((frame.path, reason) for reason in reasons)
     residuals.sort(key=lambda r: r.total.meta["order"])
     residuals = _with_norms(residuals, recorder.origins)
-    return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins)
+    frames = tuple(recorder.frames)
+    return Probe(model, frames, tuple(residuals), tuple(notes), recorder.origins, tuple(blocks))
 
 
 def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) -> list[Residual]:
@@ -122,13 +129,19 @@ def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
 
 
 def make_plan(
-    found: Probe, coupling: str, include: tuple[str, ...] | None = None, exclude: tuple[str, ...] = ()
+    found: Probe,
+    coupling: str,
+    include: tuple[str, ...] | None = None,
+    exclude: tuple[str, ...] = (),
+    *,
+    blocks: bool = False,
 ) -> Plan:
     """Choose the chains of a recorded run.
 
     Args:
         found: The recorded run.
         coupling: Name of the coupling, noted in the plan.
+        blocks: Whether the coupling takes blocks that are no residual additions.
         include: Globs of module paths; only modules that match one are rewired.
         exclude: Globs of module paths that are left alone.
     """
@@ -140,6 +153,8 @@ def make_plan(
             reasons[_key(residual)] = reason
         else:
             eligible.append(residual)
+    if blocks and (whole := _blocks(found, eligible, include, exclude)):
+        eligible = sorted((*eligible, *whole), key=lambda r: r.total.meta["order"])
     chains = _chains(found, eligible, reasons)
     planned = {_key(r) for chain in chains for r in chain}
     skipped = [Skipped(path, reason) for (path, _), reason in reasons.items()]
@@ -159,12 +174,38 @@ def make_plan(
     )
 
 
+def _blocks(
+    found: Probe, eligible: list[Residual], include: tuple[str, ...] | None, exclude: tuple[str, ...]
+) -> list[Residual]:
+    """The blocks that take no step away from the chains of residual additions."""
+    chained = [r for chain in _chains(found, eligible, {}) for r in chain]
+    # a block that is one residual addition from end to end is better off as that: no G(x) - x cancels in it
+    same = {(r.entering, r.leaving) for r in eligible}
+    held = {id(caller) for r in chained for caller in _callers(r.frame)}
+    return [
+        block
+        for block in found.blocks
+        if not block.refused
+        and not _excluded(block.frame.path, include, exclude)
+        and not held.intersection(map(id, block.inside))
+        and (block.entering, block.leaving) not in same
+    ]
+
+
+def _callers(frame: Frame) -> Iterator[fx.Node]:
+    """The nodes whose call a frame runs in, the nearest first."""
+    around: Frame | None = frame
+    while around is not None and around.caller is not None:
+        yield around.caller
+        around = around.parent
+
+
 def _chains(
     found: Probe, eligible: list[Residual], reasons: dict[tuple[str, int], str]
 ) -> list[list[Residual]]:
     """The chains of at least two steps, outermost first; notes why each other residual is in none."""
     while True:
-        holders = {n: r for r in reversed(eligible) for n in r.inside if n is not r.total}
+        holders = {n: r for r in reversed(eligible) for n in r.inside if n is not r.total or r.block}
         inner = {id(r): outer for r in eligible if (outer := _enclosing(r, holders)) is not None}
         chains = _linked(found, [r for r in eligible if id(r) not in inner])
         kept = [chain for chain in chains if len(chain) >= MIN_STEPS]
@@ -174,7 +215,7 @@ def _chains(
             break
         # a lone residual gives way to what runs inside its branch
         for residual in eligible:
-            if id(residual) in giving_way:
+            if id(residual) in giving_way and not residual.block:
                 reasons[_key(residual)] = (
                     f"the residual at {residual.line} stands alone; what runs inside it counts"
                 )
@@ -182,7 +223,7 @@ def _chains(
     in_chain = {_key(r) for chain in kept for r in chain}
     callers = {frame.caller: frame for frame in found.frames if frame.caller is not None}
     for residual in eligible:
-        if _key(residual) in in_chain:
+        if _key(residual) in in_chain or residual.block:
             continue
         if (outer := inner.get(id(residual))) is not None:
             where = outer.frame.path or "(model)"
@@ -252,12 +293,9 @@ def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:
 
 def _enclosing(residual: Residual, holders: dict[fx.Node, Residual]) -> Residual | None:
     """The outermost residual whose branch runs `residual`, of those whose branches `holders` maps the nodes of."""
-    outermost = holders.get(residual.total)
-    frame: Frame | None = residual.frame
-    while frame is not None:
-        if frame.caller is not None and frame.caller in holders:
-            outermost = holders[frame.caller]
-        frame = frame.parent
+    outermost = None if residual.block else holders.get(residual.total)
+    for caller in _callers(residual.frame):
+        outermost = holders.get(caller, outermost)
     return outermost
 
 
@@ -294,6 +332,7 @@ def _step(residual: Residual) -> Step:
         branch=tuple(dict.fromkeys(str(n.target) for n in residual.inside if n.op == "call_module")),
         sides=tuple(residual.frame.label(n) for n in residual.sides),
         post=residual.post_name,
-        scale=None if residual.scale is None else name_of(residual.scale),
+        scale=None if residual.scale is None or residual.block else name_of(residual.scale),
+        block=residual.block,
         line=residual.line,
     )

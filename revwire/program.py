@@ -17,7 +17,7 @@ from revwire._torch import TreeSpec, not_compiled
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 from revwire.record import Recorder
-from revwire.residual import Residual, find_residuals
+from revwire.residual import Residual, find_blocks, find_residuals
 from revwire.streams import Streams, as_tensor, settle
 from revwire.structure import is_object, tree_flatten, tree_unflatten
 from revwire.tape import Branch
@@ -162,7 +162,8 @@ class Program:
         return None
 
     def _add(self, frame: Frame) -> None:
-        residuals, _ = find_residuals(frame)
+        # the frame of an nn.Sequential has no additions of its own
+        residuals = find_residuals(frame)[0] or find_blocks(frame)
         steps: dict[Residual, Callable[..., Any]] = {}
         for residual in residuals:
             if (planned := self.planned.get(residual.index)) is not None:

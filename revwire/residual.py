@@ -3,6 +3,9 @@
 A residual addition is a sum one of whose terms, the skip, all other terms depend on. Sums of several branches
 (parallel blocks, `x + attn(x) + mlp(x)`) are one residual; `nn.Identity` on the skip is seen through; a skip that is
 merely scaled (`s * x + F(x)`) counts. What looks like a residual and cannot become a step is returned with its reason.
+
+Couplings that keep `x[i]` as a part of `x[i+1]` make a residual of any block that keeps its input's shape,
+`F(x) = G(x) - x`; `find_blocks` finds those where the model itself says what a block is, in an `nn.Sequential`.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from revwire.dataflow import ancestors, between, dependents, rearranges, seen_through
 from revwire.elementwise import is_elementwise, is_norm, pieced, scaled
+from revwire.frame import original_forward
 from revwire.refusal import refusal, without_cycles
 from revwire.structure import tree_leaves
 from revwire.trace import updated
@@ -44,6 +48,7 @@ class Residual:
         following: All operations after the sum that could move in, norms too: what `post` is a beginning of.
         scale: Where the sum adds the trunk scaled (`s * x`), or puts it together from slices, the node that does; the
             branch is then all of it less the trunk, `s * x + F(x) - x`.
+        block: Whether it is no addition but a child of an `nn.Sequential`, `G(x) - x`.
         refused: Why this residual cannot become a step, if it cannot.
     """
 
@@ -56,6 +61,7 @@ class Residual:
     post: tuple[fx.Node, ...] = ()
     following: tuple[fx.Node, ...] = ()
     scale: fx.Node | None = None
+    block: bool = False
     refused: str | None = None
 
     @property
@@ -186,10 +192,46 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
     found.reverse()
     skips = {residual.skip for residual in found}
     ordered = [
-        replace(r, index=i, post=_post_operations(r, skips), following=_following(r, skips))
+        replace(
+            r, index=i, post=_post_operations(r, skips), following=_elementwise_after(frame, r.total, skips)
+        )
         for i, r in enumerate(found)
     ]
     return without_cycles(frame, [replace(r, refused=refusal(r)) for r in ordered]), reasons[::-1]
+
+
+def find_blocks(frame: Frame) -> list[Residual]:
+    """The children of an `nn.Sequential` that keep their input's shape, with the activations and norms after each."""
+    assert frame.graph is not None
+    # a subclass with a forward of its own is no mere sequence
+    if getattr(original_forward(frame.module), "__func__", None) is not nn.Sequential.forward:
+        return []
+    found: list[Residual] = []
+    joined: set[fx.Node] = set()
+    for node in frame.graph.nodes:
+        if node in joined or not _keeps_shape(frame, node):
+            continue
+        (skip,) = node.all_input_nodes
+        inside = (node, *_elementwise_after(frame, node))
+        joined.update(inside)
+        block = Residual(
+            frame, len(found), skip, inside[-1], inside[-1:], inside, scale=inside[-1], block=True
+        )
+        found.append(replace(block, refused=refusal(block)))
+    return found
+
+
+def _keeps_shape(frame: Frame, node: fx.Node) -> bool:
+    """Whether a node is a child, and more than an activation, that gives back a tensor like the one it takes."""
+    if node.op != "call_module" or len(node.all_input_nodes) != 1:
+        return False
+    (source,) = node.all_input_nodes
+    taken, given = source.meta.get("value"), node.meta.get("value")
+    if not isinstance(taken, Tensor) or not isinstance(given, Tensor) or not given.is_floating_point():
+        return False
+    if (taken.shape, taken.dtype) != (given.shape, given.dtype) or seen_through(frame, node) is not node:
+        return False
+    return not is_elementwise(frame, node, source) and not is_norm(frame, node, source)
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -297,13 +339,12 @@ def _post_operations(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, 
     return tuple(post) if ends_frame or node in skips else ()
 
 
-def _following(residual: Residual, skips: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """All elementwise operations and norms after the sum, as long as nothing else reads what is before them."""
+def _elementwise_after(frame: Frame, node: fx.Node, skips: Collection[fx.Node] = ()) -> tuple[fx.Node, ...]:
+    """All elementwise operations and norms after `node`, as long as nothing else reads what is before them."""
     following: list[fx.Node] = []
-    node = residual.total
     while len(node.users) == 1 and node not in skips:
         (user,) = node.users
-        if not (is_elementwise(residual.frame, user, node) or is_norm(residual.frame, user, node)):
+        if not (is_elementwise(frame, user, node) or is_norm(frame, user, node)):
             break
         following.append(user)
         node = user

@@ -176,7 +176,8 @@ def choose_plan(
     found: Probe, coupling: Coupling, exact: Exact = False, include: Globs = None, exclude: Globs = None
 ) -> Plan:
     """The chains to rewire of a recorded run."""
-    chosen = make_plan(found, coupling.spec, _globs(include), _globs(exclude) or ())
+    blocks = coupling.keeps_function
+    chosen = make_plan(found, coupling.spec, _globs(include), _globs(exclude) or (), blocks=blocks)
     bits = exact.bits if isinstance(exact, Grid) else exact
     return replace(chosen, exact=bits, warnings=_warnings(chosen, coupling, exact))
 
@@ -239,7 +240,7 @@ def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
     Raises:
         RewireError: it has not; the message names the first step that is missing.
     """
-    have = {(r.frame.path, r.index): r for r in found.residuals if not r.refused}
+    have = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks) if not r.refused}
     for step in wanted.steps:
         if (step.module, step.residual) not in have:
             raise RewireError(
