@@ -36,10 +36,11 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
         return False
     call: Any
     if node.op == "call_module":
-        module = copy.copy(frame.module.get_submodule(str(node.target)))
-        module.training = False  # dropout acts on each element alone too, but would shuffle the proof
+        module = frame.module.get_submodule(str(node.target))
         if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
             return False
+        module = copy.copy(module)
+        module.training = False  # dropout acts on each element alone too, but would shuffle the proof
         call = original_forward(module)
     elif node.op == "call_function" and node.args and node.args[0] is source:
         call = _Rest(node.target, node.args[1:], node.kwargs)
