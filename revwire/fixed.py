@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from revwire.coupling import Coupling, Weights
-    from revwire.tape import Link
+    from revwire.tape import Kept, Link
 
 HEADROOM_BITS = 8
 """A chosen grid takes values up to 2^8 times the largest that entered: pretrained trunks grow by 10 to 100 times."""
@@ -191,11 +191,11 @@ class Watch:
 
     def __init__(self, chain: str) -> None:
         self._chain, self._told = chain, False
-        self._waiting: deque[tuple[weakref.ref[Link], Tensor, Callable[[], bool]]] = deque()
+        self._waiting: deque[tuple[weakref.ref[Link], Kept, Callable[[], bool]]] = deque()
 
     def step(self, link: Link, previous: Tensor, holds: Tensor) -> None:
         """Note one step: its link, its `x[i-1]`, and whether its sum is exact."""
-        self._waiting.append((weakref.ref(link), previous.detach(), _on_host(holds)))
+        self._waiting.append((weakref.ref(link), (previous.detach(), previous._version), _on_host(holds)))
         self.settle(_LAG.get(previous.device.type, _LAG_ELSEWHERE))
 
     def settle(self, left: int = 0) -> None:
@@ -204,7 +204,7 @@ class Watch:
             link_to, previous, held = self._waiting.popleft()
             if held() or (link := link_to()) is None:
                 continue
-            link.inverse = partial(_kept, previous)
+            link.anchor = previous
             if not self._told:
                 self._told = True
                 warnings.warn(
@@ -213,10 +213,6 @@ class Watch:
                     "grid holds larger values: rewire(..., exact=revwire.Grid(bits)) with fewer bits",
                     stacklevel=2,
                 )
-
-
-def _kept(previous: Tensor, *_: Tensor) -> Tensor:
-    return previous
 
 
 def _on_host(flag: Tensor) -> Callable[[], bool]:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from revwire._torch import TreeSpec, not_compiled
+from revwire.branch import Branch
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
 from revwire.streams import Streams, as_tensor, settle
 from revwire.structure import is_object, tree_flatten, tree_unflatten
-from revwire.tape import Branch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ rearrange (reshape, permute, ...), which acts on both streams and keeps the chai
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +18,12 @@ from revwire.errors import RewireError
 from revwire.fixed import Grid, Watch, dropped_bits
 from revwire.rearrange import inverse, is_rearrangement
 from revwire.structure import tree_leaves, tree_map
-from revwire.tape import Branch, Link, Tape
+from revwire.tape import Link, Tape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from revwire.branch import Branch
     from revwire.coupling import Coupling, Weights
     from revwire.fixed import Exact
 
@@ -128,16 +129,14 @@ class Streams:
         wide, narrow = self.current.dtype, self.dtype
         if wide != narrow:
             function = branch.function
-            branch = Branch(
-                branch.name, lambda x, *rest: function(x.to(narrow), *rest), branch.modules, branch.own
-            )
+            branch = replace(branch, function=lambda x, *rest: function(x.to(narrow), *rest))
             link.branch = branch
         weights = self.coupling.weights(self.current, first=self.link is None)
         # a step without grad in the midst of a chain with grad is replayed too, on the way to the steps before it
-        if replay and (torch.is_grad_enabled() or not link.bottom):
-            out = link.run(self.current, sides)
-        else:
-            out = branch.function(self.current, *sides)
+        replay = replay and (torch.is_grad_enabled() or not link.bottom)
+        if replay and not link.bottom and branch.mode != "reverse":
+            link.keep(self.previous)
+        out = link.run(self.current, sides, drop=replay and branch.mode != "keep")
         following = self._next(link, weights, out)
         # only now: a branch that raises leaves these streams as they were, for whoever catches it to go on with
         if self.link is not None:
@@ -153,7 +152,7 @@ class Streams:
             link.inverse = weights.retreat
             return weights.advance(self.previous, self.current, out)
         # nothing below the first step with a ticket is ever reconstructed
-        keep, dropped = not link.bottom, dropped_bits(self.coupling)
+        keep, dropped = not link.bottom and link.anchor is None, dropped_bits(self.coupling)
         pair = self.previous, self.current
         following, link.inverse = self.grid.advance(weights, dropped, *pair, out, keep=keep)
         if keep:
