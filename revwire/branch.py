@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ from revwire.structure import is_object, snapshot, tree_leaves, tree_map
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Mode = Literal["reverse", "anchor", "keep"]
-"""What a step holds for backward: nothing, the input of the step before it, or the graph of its branch."""
+    from revwire.plan import Mode
 
 
 @dataclass(frozen=True)

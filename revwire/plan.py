@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from revwire.errors import RewireError
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _Data = TypeVar("_Data", "Step", "Skipped")
+
+Mode = Literal["reverse", "anchor", "keep"]
+"""What a step holds for backward: nothing, the input of the step before it, or the graph of its branch."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Step:
             block less the trunk, `F(x) = s * x + f(x) - x`.
         block: Whether it is no addition but a child of an `nn.Sequential`, `F(x) = G(x) - x`.
         line: `file.py:123`, where the addition stands in the source.
+        mode: What it holds for backward: `"reverse"` nothing, `"anchor"` the input of the step before it, which is
+            not reconstructed then, `"keep"` the graph of its branch, which is not run again then.
+        slices: Into how many slices the trunk is cut to run the branch, along dimension `slice_dim`.
+        slice_dim: That dimension.
+        sliced_sides: Which side inputs are cut along their first dimension too.
     """
 
     module: str
@@ -47,6 +55,10 @@ class Step:
     scale: str | None = None
     block: bool = False
     line: str = ""
+    mode: Mode = "reverse"
+    slices: int = 1
+    slice_dim: int = 0
+    sliced_sides: tuple[bool, ...] = ()
 
     @property
     def name(self) -> str:
@@ -86,6 +98,8 @@ class Plan:
         skipped: What is left alone, with reasons.
         exact: Whether streams are in fixed point; a number is that of the bits after the point.
         warnings: What will not come out well, in plain words.
+        unsliced: Steps that run on the whole batch although slices were asked for, with reasons.
+        recomputed: Modules between the chains that run again in backward from their stored input.
     """
 
     model: str
@@ -94,6 +108,8 @@ class Plan:
     skipped: tuple[Skipped, ...] = ()
     exact: bool | int = False
     warnings: tuple[str, ...] = ()
+    unsliced: tuple[Skipped, ...] = ()
+    recomputed: tuple[str, ...] = ()
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -121,9 +137,16 @@ class Plan:
             chains = tuple(Chain(tuple(_read(Step, s) for s in c["steps"])) for c in data["chains"])
             skipped = tuple(_read(Skipped, s) for s in data.get("skipped", ()))
             exact, warnings = data.get("exact", False), tuple(map(str, data.get("warnings", ())))
-            read = cls(str(data["model"]), str(data["coupling"]), chains, skipped, exact, warnings)
+            unsliced = tuple(_read(Skipped, s) for s in data.get("unsliced", ()))
+            recomputed = tuple(map(str, data.get("recomputed", ())))
+            own = str(data["model"]), str(data["coupling"])
+            read = cls(*own, chains, skipped, exact, warnings, unsliced, recomputed)
         except (KeyError, TypeError) as error:
             raise RewireError(f"not a plan: {error}") from error
+        if bad := next(
+            (step for step in read.steps if step.mode not in get_args(Mode) or step.slices < 1), None
+        ):
+            raise RewireError(f"not a plan: {bad.name} has mode {bad.mode!r} and {bad.slices} slices")
         if not isinstance(exact, int):
             raise RewireError(f"not a plan: 'exact' is {exact!r}, not true, false or a number of bits")
         return read
@@ -167,16 +190,19 @@ class Plan:
                 escape(chain.name), str(len(chain.steps)), " / ".join(trunks), escape("\n".join(kinds))
             )
         yield table
+        if self.recomputed:
+            yield f"run again in backward from their input: {escape(', '.join(self.recomputed))}"
         for warning in self.warnings:
             yield f"[yellow]warning:[/] {escape(warning)}"
-        if self.skipped:
-            left = Table(title="left as it is", title_justify="left")
-            left.add_column("module", overflow="fold")
-            left.add_column("why", overflow="fold")
-            for alike in _alike(self.skipped):
-                more = f" (and {len(alike) - 1} like it)" if len(alike) > 1 else ""
-                left.add_row(escape(f"{alike[0].module or '(model)'}{more}"), escape(alike[0].reason))
-            yield left
+        for title, places in (("run on the whole batch", self.unsliced), ("left as it is", self.skipped)):
+            if places:
+                left = Table(title=title, title_justify="left")
+                left.add_column("module", overflow="fold")
+                left.add_column("why", overflow="fold")
+                for alike in _alike(places):
+                    more = f" (and {len(alike) - 1} like it)" if len(alike) > 1 else ""
+                    left.add_row(escape(f"{alike[0].module or '(model)'}{more}"), escape(alike[0].reason))
+                yield left
 
 
 def _alike(skipped: tuple[Skipped, ...]) -> list[list[Skipped]]:
@@ -209,4 +235,8 @@ def _describe(step: Step) -> str:
         text += f" | {step.post} after the sum moves in"
     if step.sides:
         text += f" | reads {' '.join(step.sides)}"
+    if step.slices > 1:
+        text += f" | in {step.slices} slices" + (f" of dimension {step.slice_dim}" if step.slice_dim else "")
+    if step.mode != "reverse":
+        text += {"anchor": " | input of the step before kept", "keep": " | graph kept"}[step.mode]
     return text

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from revwire._torch import TreeSpec, not_compiled
-from revwire.branch import Branch
+from revwire.branch import Branch, Cut
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
+from revwire.slicing import mixes_now
 from revwire.streams import Streams, as_tensor, settle
 from revwire.structure import is_object, tree_flatten, tree_unflatten
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from revwire.coupling import Coupling
     from revwire.fixed import Exact
+    from revwire.plan import Mode
 
 PROGRAM = "_revwire_program"
 """The attribute that holds a rewired module's `Program`."""
@@ -41,6 +43,7 @@ class Options:
     Attributes:
         coupling: The recurrence.
         exact: Whether streams are in fixed point, and on which grid; True: each chain's follows what enters it.
+        sliced: Run branches slice by slice where the plan says so; False runs them whole, for comparison.
         replay: Drop what branches save and run them again in backward; False keeps everything, as plain autograd
             through the same recurrence does, for comparison.
     """
@@ -48,6 +51,7 @@ class Options:
     coupling: Coupling
     replay: bool = True
     exact: Exact = False
+    sliced: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,15 @@ class Planned:
         name: What messages call the step.
         last: Whether it ends its chain and hands on a plain tensor.
         post: What moves into the branch after the sum.
+        mode: What the step holds for backward.
+        cut: How its branch is run slice by slice, None: all at once.
     """
 
     name: str
     last: bool
     post: str | None = None
+    mode: Mode = "reverse"
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -231,12 +239,10 @@ def run_step(
         total = out if code.whole else x + out if code.leads else out + x
         total = total if code.post is None else code.post(module, total, *sides)
         return (total, *inner) if inner else total
-    step = Branch(
-        planned.name,
-        branch,
-        [module.get_submodule(path) for path in code.modules],
-        [owner_of(module, path) for path in code.own],
-    )
+    modules = [module.get_submodule(path) for path in code.modules]
+    owners = [owner_of(module, path) for path in code.own]
+    cut = _cut_now(planned, options, modules, trunk, sides)
+    step = Branch(planned.name, branch, modules, owners, cut, planned.mode)
     if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     following = trunk.advance(step, sides, replay=options.replay)
@@ -247,6 +253,19 @@ def run_step(
     handed = shared[0]
     shared[0] = ()
     return (following, *handed)
+
+
+def _cut_now(
+    planned: Planned, options: Options, modules: list[nn.Module], trunk: Any, sides: tuple[Any, ...]
+) -> Cut | None:
+    """The planned cut, where this call has anything to cut and nothing mixes samples in the mode it runs in."""
+    cut = planned.cut
+    if cut is None or not options.sliced or trunk.shape[cut.dim] < 2 or len(sides) != len(cut.sides):
+        return None
+    # a side input of one row serves all samples
+    if any(c and len(s) != trunk.shape[cut.dim] for c, s in zip(cut.sides, sides, strict=True)):
+        return None
+    return None if mixes_now(modules) else cut
 
 
 def _is_streams(value: object) -> bool:

@@ -87,11 +87,15 @@ class Streams:
             self._check_usable()
             # the first use may be one without grad or in inference mode, the next one not
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
-                self._merged = self.coupling.leave(self.previous, self.current).to(self.dtype)
+                self._merged = self.merge(self.previous, self.current)
                 if self._merged.is_inference():
                     self._merged = self._merged.clone()
             self._views.append((self._merged, self._merged._version))
         return self._merged
+
+    def merge(self, previous: Tensor, current: Tensor) -> Tensor:
+        """What the merged tensor of such a pair is."""
+        return self.coupling.leave(previous, current).to(self.dtype)
 
     @property
     def left(self) -> bool:

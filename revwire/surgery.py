@@ -12,20 +12,23 @@ import inspect
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from revwire import timm_models
+from revwire.branch import Cut
 from revwire.coupling import Coupling, coupling_of
+from revwire.dials import Dials, Globs, Transitions, globs_of
 from revwire.errors import RewireError
 from revwire.fixed import Exact, Grid, exact_of
 from revwire.frame import TraceFailure
 from revwire.probe import Probe, make_plan, probe
 from revwire.program import PROGRAM, Options, Planned, Program
 from revwire.streams import settle
+from revwire.transitions import Recomputed
 
 if TYPE_CHECKING:
     from revwire.plan import Plan
@@ -38,7 +41,6 @@ MOST_NOISE = 1e-3
 """The relative gradient error that a plan warns of. Measured: noise^steps * 2^-24 predicts it within a factor of two
 (momentum and BDIA at 1/2, 12 steps: 2.4e-4 predicted, 2.8e-4 and 3.2e-4 found)."""
 
-Globs = str | Sequence[str] | None
 _PLAN = "_revwire_plan"
 
 
@@ -50,6 +52,10 @@ def plan(
     exact: bool | int | Grid = False,
     include: Globs = None,
     exclude: Globs = None,
+    chunks: int | Mapping[str, int] = 1,
+    keep: Globs | int = None,
+    anchor: Globs = None,
+    transitions: Transitions = "keep",
 ) -> Plan:
     """What `rewire` would do to `model`, and why not the rest. Changes nothing.
 
@@ -62,12 +68,17 @@ def plan(
         exact: Whether streams are in fixed point, as for `revwire.rewire`.
         include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
         exclude: Globs of module paths to leave alone.
+        chunks: As for `revwire.rewire`, like the next three.
+        keep: Steps that keep the graph of their branch.
+        anchor: Steps that keep the input of the step before them.
+        transitions: What the blocks between chains hold.
 
     Raises:
         RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
     """
     kind = coupling_of(coupling)
-    return _planned(model, example_inputs, kind, exact_of(exact, kind), include, exclude)[1]
+    found, chosen = _planned(model, example_inputs, kind, exact_of(exact, kind), include, exclude)
+    return Dials(chunks, keep, anchor, transitions).turned(chosen, found)
 
 
 def rewire(
@@ -78,6 +89,10 @@ def rewire(
     exact: bool | int | Grid = False,
     include: Globs = None,
     exclude: Globs = None,
+    chunks: int | Mapping[str, int] = 1,
+    keep: Globs | int = None,
+    anchor: Globs = None,
+    transitions: Transitions = "keep",
     plan: Plan | None = None,
 ) -> nn.Module:
     """Turn the chains of residual blocks of `model` into reversible ones, in place.
@@ -95,7 +110,18 @@ def rewire(
             `revwire.Grid(bits)` (or just the number of bits after the point) for the same one everywhere.
         include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
         exclude: Globs of module paths to leave alone.
-        plan: A plan made earlier (of the same architecture); its chains are rewired instead of a fresh choice.
+        chunks: Run each branch on so many slices of the batch, in forward and backward, so that it needs so much less
+            memory; or a dict of globs of steps (`"blocks.*#1"`) or modules to numbers. Of a single long video, tokens
+            are cut where the branch treats them alike. Where samples mix (BatchNorm) the branch runs whole, and the
+            plan says why.
+        keep: Globs of steps whose branches keep their graph, and do not run again; or how many steps from the
+            beginning of each chain do.
+        anchor: Globs of steps that keep the input of the step before them, as checkpointing does, so that their
+            second run stops before its last product.
+        transitions: `"checkpoint"` to have the blocks between chains (stem, downsampling, last norm) run again in
+            backward from their stored input; the pair that leaves a chain is stored once then.
+        plan: A plan made earlier (of the same architecture); its chains are rewired instead of a fresh choice, with
+            the dials that it was made with.
 
     Returns:
         The same model.
@@ -106,7 +132,8 @@ def rewire(
     kind = coupling_of(coupling)
     streams = exact_of(exact, kind)
     found, fresh = _planned(model, example_inputs, kind, streams, include, exclude)
-    chosen = fresh if plan is None else _fitting(plan, fresh, found)
+    dials = Dials(chunks, keep, anchor, transitions)
+    chosen = dials.turned(fresh, found) if plan is None else _fitting(plan, fresh, found)
     if not chosen.chains:
         raise RewireError(nothing_to_rewire(chosen))
     apply_plan(model, chosen, found, Options(kind, exact=streams))
@@ -177,7 +204,7 @@ def choose_plan(
 ) -> Plan:
     """The chains to rewire of a recorded run."""
     blocks = coupling.keeps_function
-    chosen = make_plan(found, coupling.spec, _globs(include), _globs(exclude) or (), blocks=blocks)
+    chosen = make_plan(found, coupling.spec, globs_of(include), globs_of(exclude) or (), blocks=blocks)
     bits = exact.bits if isinstance(exact, Grid) else exact
     return replace(chosen, exact=bits, warnings=_warnings(chosen, coupling, exact))
 
@@ -230,10 +257,6 @@ def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ..
     )
 
 
-def _globs(globs: Globs) -> tuple[str, ...] | None:
-    return (globs,) if isinstance(globs, str) else None if globs is None else tuple(globs)
-
-
 def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
     """The wanted plan, if this model has its residuals.
 
@@ -283,9 +306,11 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         known = frame_steps.get(step.residual)
         # a step that a shared module runs in the middle of a chain too always hands on both streams
         ends = id(step) in last and (known is None or known.last)
-        frame_steps[step.residual] = Planned(step.name, ends, step.post)
+        cut = Cut(step.slice_dim, step.slices, step.sliced_sides) if step.slices > 1 else None
+        mode = step.mode if known is None else known.mode
+        frame_steps[step.residual] = Planned(step.name, ends, step.post, mode, cut)
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
-    programs: dict[str, Program] = {}
+    programs: dict[str, Program | Recomputed] = {p: Recomputed(p, options) for p in chosen.recomputed}
     for path, steps in wanted.items():
         if "forward" in frames[path].module.__dict__:
             raise RewireError(

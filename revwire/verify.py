@@ -31,7 +31,6 @@ from revwire.structure import tree_leaves
 from revwire.surgery import (
     FLOAT32_ROUNDING,
     MOST_NOISE,
-    Globs,
     apply_plan,
     call_arguments,
     choose_plan,
@@ -45,6 +44,7 @@ from revwire.surgery import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from revwire.dials import Globs
     from revwire.drift import Drifts
     from revwire.plan import Plan
     from revwire.tape import Link
@@ -248,7 +248,8 @@ class _Runs:
         # chain holds its last pair, once
         own = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         own += [t for step in made if step.link.end is not None for t in step.link.end[0]]
-        own += [t for step in made for t in tree_leaves(step.link.sides) if isinstance(t, Tensor)]
+        runs = [run for step in made for run in step.link.runs]
+        own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
         excused = {id(t.untyped_storage()) for t in own}
         shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
         for step in made:

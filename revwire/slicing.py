@@ -1,0 +1,154 @@
+"""Whether a branch may run slice by slice, proven by trying it: a slice must come out as it does in the whole.
+
+Samples of a batch are tried first; where there is one sample only (a long video), any other dimension that the branch
+treats position by position, as an MLP does its tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from revwire.branch import Cut
+from revwire.codegen import StepCode, step_code
+from revwire.specimen import make_branches_count
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from revwire.residual import Residual
+
+_TOLERANCE = 3e-5
+"""Relative to the largest value, in float32: kernels of another size add up in another order."""
+
+
+def cut_of(residual: Residual, slices: int) -> Cut | str:
+    """How a residual's branch is cut into `slices`, or in words why it cannot be.
+
+    Runs copies of what the branch calls on noise of the shapes that the planning run saw, three times for each
+    dimension tried; nothing of the model changes.
+    """
+    if residual.shared:
+        return "its branch hands out inner values that other code reads"
+    code = step_code(residual)
+    module = residual.frame.module
+    called = [module.get_submodule(path) for path in code.modules]
+    if (mixing := _mixes(called, code)) is not None:
+        return mixing
+    if any(t.is_meta for child in called for t in (*child.parameters(), *child.buffers())):
+        return "its weights are on the meta device, so it cannot be tried"
+    trial = _Trial(residual, code)
+    for dim in _dimensions(trial.shape):
+        if (sides := trial.cuts(dim)) is not None:
+            return Cut(dim, slices, sides)
+    return "its slices do not come out as they do in the whole: samples mix, or their number is built in"
+
+
+def kind_of(residual: Residual) -> tuple[Any, ...]:
+    """What two residuals have in common whose branches may be cut alike: code, modules, settings and shapes."""
+    code = step_code(residual)
+    module = residual.frame.module
+    settings = [
+        (type(m), tuple(sorted((k, repr(v)) for k, v in vars(m).items() if _is_setting(k, v))))
+        for path in code.modules
+        for m in module.get_submodule(path).modules()
+    ]
+    own = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if _is_setting(k, v)))
+    shapes = tuple(repr(n.meta["value"]) for n in (residual.skip, *residual.sides))
+    return type(module), own, residual.index, residual.post_name, tuple(settings), shapes
+
+
+def mixes_now(modules: Sequence[nn.Module]) -> bool:
+    """Whether a branch that could be cut would mix samples in the mode it runs in."""
+    return any(isinstance(m, _BatchNorm) and m.training for child in modules for m in child.modules())
+
+
+def _mixes(called: Sequence[nn.Module], code: StepCode) -> str | None:
+    for path, child in zip(code.modules, called, strict=True):
+        for name, module in child.named_modules(prefix=path):
+            if isinstance(module, _BatchNorm):
+                return f"{name} ({type(module).__name__}) mixes samples in training"
+            if getattr(module, "mode", None) == "batch":
+                return f"{name} ({type(module).__name__}) draws one number for the whole batch"
+    return None
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return name != "training" and isinstance(value, bool | int | float | str | tuple | type(None))
+
+
+def _dimensions(shape: Sequence[int]) -> list[int]:
+    """The dimensions to try, best first: samples, if there are several; then the longest."""
+    rest = sorted(range(1, len(shape)), key=lambda dim: -shape[dim])
+    return [0, *rest] if shape[0] > 1 else [*rest, 0]
+
+
+class _Trial:
+    """A branch on noise."""
+
+    def __init__(self, residual: Residual, code: StepCode) -> None:
+        self._code = code
+        self._module = copy.deepcopy(residual.frame.module).float().eval()
+        # a layer scale of zero would agree with anything
+        make_branches_count(self._module)
+        self._device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
+        self._sides = [n.meta["value"] for n in residual.sides]
+        self.shape = tuple(residual.skip.meta["value"].shape)
+
+    def cuts(self, dim: int) -> tuple[bool, ...] | None:
+        """Which side inputs are cut with the trunk, if it may be cut along `dim`; None if it may not."""
+        shape = list(self.shape)
+        if shape[dim] == 1:
+            if dim:
+                return None
+            shape[0] = 2  # one sample says nothing of how several are treated
+        length = shape[dim]
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator).to(self._device)
+        sides = [_noise(side, generator, self._device) for side in self._sides]
+        whole = tuple(False for _ in sides)
+        along = tuple(isinstance(s, Tensor) and s.ndim > 0 and len(s) == length > 1 for s in sides)
+        for cut in dict.fromkeys((whole, along) if dim == 0 else (whole,)):
+            if self._agrees(x, sides, cut, dim):
+                return cut
+        return None
+
+    def _agrees(self, x: Tensor, sides: list[Any], cut: tuple[bool, ...], dim: int) -> bool:
+        try:
+            with torch.no_grad():
+                wanted = self._run(x, sides)
+                if wanted.shape != x.shape:
+                    return False
+                for start, length in ((0, 1), (1, x.shape[dim] - 1)):
+                    # uneven on purpose: windows that happen to fit into halves would pass for independent
+                    part = x.narrow(dim, start, length)
+                    own = [s.narrow(0, start, length) if c else s for s, c in zip(sides, cut, strict=True)]
+                    found, expected = self._run(part, own), wanted.narrow(dim, start, length)
+                    if found.shape != expected.shape:
+                        return False
+                    if not (found - expected).abs().max() <= _TOLERANCE * wanted.abs().max():
+                        return False
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
+            return False  # the branch insists on the size it was written for
+        return True
+
+    def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
+        out, *_ = self._code.branch(self._module, x, *sides)
+        if self._code.post is not None:
+            out = self._code.post(self._module, out if self._code.whole else x + out, *sides)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(device)
+    if value.dtype == torch.bool:
+        return torch.ones(value.shape, dtype=torch.bool, device=device)
+    return torch.zeros(value.shape, dtype=value.dtype, device=device)
