@@ -35,6 +35,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "keeps_graph",
     "not_compiled",
+    "only_shapes",
     "quiet_fake_tensors",
     "register_pytree_node",
     "tree_flatten",
@@ -54,6 +55,11 @@ def quiet_fake_tensors() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def only_shapes() -> bool:
+    """Whether operations run on fake tensors: nothing is computed, and no random number drawn."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])

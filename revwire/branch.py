@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from revwire.errors import ReplayError
-from revwire.replay import Conditions, observe
+from revwire.replay import Conditions, no_weight_cache, observe
 from revwire.structure import is_object, snapshot, tree_leaves, tree_map
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class BranchRun:
             return ticket
 
         seen = observe(self.branch.modules, self.branch.own, x.device)
-        with seen as self.conditions, saved_tensors_hooks(drop, _redeem):
+        with no_weight_cache(), seen as self.conditions, saved_tensors_hooks(drop, _redeem):
             out = self.branch.function(x, *sides)
         if x._version != version:
             raise ReplayError(

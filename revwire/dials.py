@@ -70,8 +70,10 @@ class Dials:
             raise RewireError(
                 f"transitions is one of {', '.join(get_args(Transitions))}, not {self.transitions!r}"
             )
-        recomputed = find_transitions(plan, found) if self.transitions == "checkpoint" else ()
-        return _sliced(replace(plan, chains=tuple(chains), recomputed=recomputed), chunks, found)
+        plan = replace(plan, chains=tuple(chains))
+        if self.transitions == "checkpoint":
+            plan = find_transitions(plan, found)
+        return _sliced(plan, chunks, found)
 
 
 def globs_of(globs: Globs) -> tuple[str, ...] | None:

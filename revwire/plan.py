@@ -68,9 +68,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps that follow each other on one trunk; only what enters and what leaves is kept for backward."""
+    """Steps that follow each other on one trunk; only what enters and what leaves is kept for backward.
+
+    Attributes:
+        steps: In the order they run.
+        open: Whether it hands on both streams, to a module of `Plan.recomputed`.
+    """
 
     steps: tuple[Step, ...]
+    open: bool = False
 
     @property
     def name(self) -> str:
@@ -134,7 +140,10 @@ class Plan:
         if not isinstance(data, dict):
             raise RewireError(f"not a plan: a JSON object is needed, found {type(data).__name__}")
         try:
-            chains = tuple(Chain(tuple(_read(Step, s) for s in c["steps"])) for c in data["chains"])
+            chains = tuple(
+                Chain(tuple(_read(Step, s) for s in c["steps"]), bool(c.get("open", False)))
+                for c in data["chains"]
+            )
             skipped = tuple(_read(Skipped, s) for s in data.get("skipped", ()))
             exact, warnings = data.get("exact", False), tuple(map(str, data.get("warnings", ())))
             unsliced = tuple(_read(Skipped, s) for s in data.get("unsliced", ()))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.backends import cuda as sdp
 from torch.nn.modules.batchnorm import _NormBase
 
+from revwire._torch import only_shapes
 from revwire.errors import ReplayError
 
 if TYPE_CHECKING:
@@ -179,6 +180,20 @@ def observe(
             conditions.buffers.append(held)
 
 
+@contextmanager
+def no_weight_cache() -> Iterator[None]:
+    """For the length of the block, autocast does not hold on to the weights that it casts.
+
+    It would until the end of the forward: a copy of all weights, for steps that keep nothing else.
+    """
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
+
+
 def _copied(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[Held, Tensor]]:
     for key in keys:
         if (buffer := module._buffers[key]) is not None:
@@ -263,6 +278,8 @@ class RandomState:
 
 
 def _generators(device: torch.device) -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    if only_shapes():
+        return
     yield torch.get_rng_state, torch.set_rng_state
     yield random.getstate, random.setstate
     if device.type not in {"cpu", "meta"}:

@@ -39,8 +39,6 @@ def cut_of(residual: Residual, slices: int) -> Cut | str:
     called = [module.get_submodule(path) for path in code.modules]
     if (mixing := _mixes(called, code)) is not None:
         return mixing
-    if any(t.is_meta for child in called for t in (*child.parameters(), *child.buffers())):
-        return "its weights are on the meta device, so it cannot be tried"
     trial = _Trial(residual, code)
     for dim in _dimensions(trial.shape):
         if (sides := trial.cuts(dim)) is not None:
@@ -92,7 +90,7 @@ class _Trial:
 
     def __init__(self, residual: Residual, code: StepCode) -> None:
         self._code = code
-        self._module = copy.deepcopy(residual.frame.module).float().eval()
+        self._module = _with_weights(copy.deepcopy(residual.frame.module)).float().eval()
         # a layer scale of zero would agree with anything
         make_branches_count(self._module)
         self._device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
@@ -142,6 +140,20 @@ class _Trial:
             out = self._code.post(self._module, out if self._code.whole else x + out, *sides)
         assert isinstance(out, Tensor)
         return out
+
+
+def _with_weights(module: nn.Module) -> nn.Module:
+    """A module on the meta device with noise for weights on the CPU; any other as it is."""
+    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return module
+    module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for buffer in module.buffers():
+            buffer.zero_()
+    return module
 
 
 def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:

@@ -299,7 +299,7 @@ def nothing_to_rewire(empty: Plan) -> str:
 
 def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
     """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
-    last = {id(step) for chain in chosen.chains for step in (chain.steps[-1],)}
+    last = {id(chain.steps[-1]) for chain in chosen.chains if not chain.open}
     wanted: dict[str, dict[int, Planned]] = {}
     for step in chosen.steps:
         frame_steps = wanted.setdefault(step.module, {})

@@ -7,6 +7,7 @@ the chain's last pair, which backward needs anyway, and not the merged tensor be
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,23 +25,25 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from revwire.frame import Identity
     from revwire.plan import Plan
     from revwire.probe import Probe
     from revwire.program import Options
 
 
-def find_transitions(plan: Plan, found: Probe) -> tuple[str, ...]:
-    """Paths of the outermost modules beside the chains that are worth running again: more than one operation each.
+def find_transitions(plan: Plan, found: Probe) -> Plan:
+    """The plan with the outermost modules beside its chains chosen to run again, those of more than one operation each.
 
     A single operation would keep its input either way; but where that is the end of a chain (a last norm), it is the
-    chain's pair, and kept already.
+    chain's pair, and kept already: such a chain hands it on as it is.
     """
-    steps = {(step.module, step.residual) for step in plan.steps}
-    residuals = [r for r in (*found.residuals, *found.blocks) if (r.frame.path, r.index) in steps]
-    branches = {node for r in residuals for node in (*r.inside, *r.post)}
+    residuals = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks)}
+    planned = [residuals[step.module, step.residual] for step in plan.steps]
+    branches = {node for r in planned for node in (*r.inside, *r.post)}
     around = {path for step in plan.steps for path in _parents(step.module)}
-    ends = {r.leaving for r in residuals}
+    ends = {residuals[c.steps[-1].module, c.steps[-1].residual].leaving: i for i, c in enumerate(plan.chains)}
     chosen: dict[str, bool] = {}
+    entered: dict[str, set[int]] = {}
     for frame in found.frames:
         outer = {*_parents(frame.path)} - {frame.path}
         if frame.path in around or frame.graph is None or any(chosen.get(path) for path in outer):
@@ -48,9 +51,13 @@ def find_transitions(plan: Plan, found: Probe) -> tuple[str, ...]:
         if any(caller in branches for caller in _calls(frame)) or _changes_inputs(frame):
             chosen[frame.path] = False
             continue
-        worth = bool(frame.module._modules) or _enters(frame, found, ends)
-        chosen[frame.path] = worth and chosen.get(frame.path, True)
-    return tuple(path for path, is_chosen in chosen.items() if is_chosen)
+        chains = {ends[at] for at in _given(frame, found) if at in ends}
+        entered.setdefault(frame.path, set()).update(chains)
+        chosen[frame.path] = (bool(frame.module._modules) or bool(chains)) and chosen.get(frame.path, True)
+    recomputed = tuple(path for path, is_chosen in chosen.items() if is_chosen)
+    handing = set[int]().union(*(entered[path] for path in recomputed))
+    opened = tuple(replace(chain, open=i in handing) for i, chain in enumerate(plan.chains))
+    return replace(plan, chains=opened, recomputed=recomputed)
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -79,14 +86,13 @@ def _changes_inputs(frame: Frame) -> bool:
     return any(given & n.meta["changes"] for n in frame.graph.nodes if "changes" in n.meta)
 
 
-def _enters(frame: Frame, found: Probe, ends: set[Any]) -> bool:
+def _given(frame: Frame, found: Probe) -> Iterator[Identity]:
+    """The values a frame is given, and those they are rearrangements of."""
     for node in _inputs(frame):
-        at: Any = id(node.meta["value"]), node.meta["version"]
+        at: Identity | None = (id(node.meta["value"]), node.meta["version"])
         while at is not None:
-            if at in ends:
-                return True
+            yield at
             at = found.origins.get(at)
-    return False
 
 
 class Recomputed:
