@@ -28,8 +28,8 @@ from torch.nn import functional
 from benchmarks import record
 from benchmarks.report import METHOD, document, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES
 from revwire.errors import RevwireError
+from revwire.memory.strategies import STRATEGIES
 from revwire.timm_models import create
 
 __all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]

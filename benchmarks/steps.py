@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.strategies import STRATEGIES
 from revwire.errors import RevwireError
 from revwire.memory.measure import measure_step, time_alternating, training_step
+from revwire.memory.strategies import STRATEGIES, treated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
-    from benchmarks.strategies import Strategy
     from revwire.memory.measure import Loss, StepMemory, Timing
 
 
@@ -76,7 +75,7 @@ def run(
     """
     rows: list[Row] = []
     for case in cases:
-        rows += _run_case(case, {name: STRATEGIES[name] for name in strategies}, rounds, autocast, progress)
+        rows += _run_case(case, strategies, rounds, autocast, progress)
     return rows
 
 
@@ -87,7 +86,7 @@ def steps_to_come(cases: int, strategies: int, rounds: int) -> int:
 
 def _run_case(
     case: Case,
-    strategies: dict[str, Strategy],
+    strategies: Sequence[str],
     rounds: int,
     autocast: torch.dtype | None,
     progress: Callable[[str], None],
@@ -96,19 +95,19 @@ def _run_case(
     memory: dict[str, StepMemory] = {}
     steps: dict[str, Callable[[], None]] = {}
     failures: dict[str, str] = {}
-    for name, strategy in strategies.items():
+    for name in strategies:
         progress(f"{case.name} {name}: bytes")
         try:
-            treated = strategy(copy.deepcopy(model), case.inputs)
-            step = training_step(treated, case.inputs, case.loss_fn, autocast=autocast)
+            ready = treated(copy.deepcopy(model), case.inputs, name)
+            step = training_step(ready, case.inputs, case.loss_fn, autocast=autocast)
             step()
-            memory[name] = measure_step(treated, case.inputs, case.loss_fn, autocast=autocast)
+            memory[name] = measure_step(ready, case.inputs, case.loss_fn, autocast=autocast)
         except RevwireError as error:
             failures[name] = str(error)
         except torch.OutOfMemoryError:
             failures[name] = "out of GPU memory"
         else:
-            treated.zero_grad(set_to_none=True)
+            ready.zero_grad(set_to_none=True)
             steps[name] = step
     timings: dict[str, Timing] = {}
     if rounds and steps:

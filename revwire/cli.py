@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -62,6 +63,14 @@ InputSizeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
+class _Amp(str, Enum):
+    """Autocast of the forward."""
+
+    none = "none"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class _Result(Protocol):
     """What a command prints: a rich renderable that has a JSON form too."""
 
@@ -107,10 +116,10 @@ def plan(
     """Show what would be rewired, and why the rest would not; changes nothing."""
     arguments, size = _parse_arguments(model_args), _parse_size(input_size)
     with _working(f"planning {model}"):
-        from revwire import surgery
+        from revwire import rewiring
 
         network, own, grid = _open(model, arch, arguments)
-        made = surgery.plan(
+        made = rewiring.plan(
             network,
             _inputs(network, size),
             coupling=coupling or own,
@@ -147,6 +156,60 @@ def verify(
     _print(report, as_json=as_json)
     if not report.ok:
         _fail("the verification failed")
+
+
+@app.command(
+    epilog="Example: revwire estimate vit_large_patch16_224 --batch 64 --amp bf16 --limit 24GiB; "
+    "revwire estimate swin_base_patch4_window7_224 -b 32 -s checkpoint -s rewired -s lean"
+)
+def estimate(
+    model: ModelArgument,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Inputs in the step.")] = 8,
+    amp: Annotated[_Amp, typer.Option(help="Autocast of the forward.")] = _Amp.none,
+    limit: Annotated[
+        str | None,
+        typer.Option("--limit", "--gpu", metavar="SIZE", help="Memory, such as 24GiB: what fits into it?"),
+    ] = None,
+    vary: Annotated[
+        int, typer.Option(min=0, help="With --limit: which dimension of the input to vary; 0: the batch.")
+    ] = 0,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or none.")] = "adamw",
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", "-s", help="plain, checkpoint, rewired, anchored or lean; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="The kind of device the step is for: cpu, cuda.")] = "cpu",
+    arch: ArchOption = None,
+    model_args: ModelArgsOption = None,
+    input_size: InputSizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what one training step needs, plain, checkpointed and rewired, without running it."""
+    arguments, size = _parse_arguments(model_args), _parse_size(input_size)
+    with _working(f"estimating {model}") as say:
+        import torch
+
+        from revwire import timm_models
+        from revwire.memory.estimate import COMMON
+        from revwire.memory.estimate import estimate as of_steps
+
+        network, _, _ = _open(model, arch, arguments)
+        network.train()
+        example = _inputs(network, size) if size else timm_models.example_inputs(network)
+        if example is None:
+            raise RevwireError(f"the size of {model}'s input is not known; pass --input-size 3x224x224")
+        found = of_steps(
+            network,
+            torch.empty((batch, *example.shape[1:]), dtype=example.dtype, device="meta"),
+            strategies=strategy or COMMON,
+            optimizer=None if optimizer == "none" else optimizer,
+            autocast=None if amp is _Amp.none else torch.bfloat16 if amp is _Amp.bf16 else torch.float16,
+            limit=limit,
+            vary=vary,
+            device=device,
+            progress=lambda name: say(f"estimating {model}: {name}"),
+        )
+    _print(found, as_json=as_json)
 
 
 @app.command(

@@ -11,8 +11,7 @@ import functools
 import inspect
 import math
 import threading
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 
 from revwire import timm_models
 from revwire.branch import Cut
-from revwire.coupling import Coupling, coupling_of
-from revwire.dials import Dials, Globs, Transitions, globs_of
+from revwire.dials import Globs, globs_of
 from revwire.errors import RewireError
-from revwire.fixed import Exact, Grid, exact_of
+from revwire.fixed import Exact, Grid
 from revwire.frame import TraceFailure
 from revwire.probe import Probe, make_plan, probe
 from revwire.program import PROGRAM, Options, Planned, Program
@@ -31,6 +29,7 @@ from revwire.streams import settle
 from revwire.transitions import Recomputed
 
 if TYPE_CHECKING:
+    from revwire.coupling import Coupling
     from revwire.plan import Plan
 
 _Maker = TypeVar("_Maker", bound=Callable[..., Any])
@@ -42,104 +41,6 @@ MOST_NOISE = 1e-3
 (momentum and BDIA at 1/2, 12 steps: 2.4e-4 predicted, 2.8e-4 and 3.2e-4 found)."""
 
 _PLAN = "_revwire_plan"
-
-
-def plan(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
-    include: Globs = None,
-    exclude: Globs = None,
-    chunks: int | Mapping[str, int] = 1,
-    keep: Globs | int = None,
-    anchor: Globs = None,
-    transitions: Transitions = "keep",
-) -> Plan:
-    """What `rewire` would do to `model`, and why not the rest. Changes nothing.
-
-    Args:
-        model: Any module; it runs once on fake tensors, which takes no memory and draws no random numbers.
-        example_inputs: What its forward takes: a tensor, a tuple of arguments or a dict of keyword arguments. May be
-            left out for timm models, which know their own.
-        coupling: The recurrence, as an object or by name, with or without coefficients: `"re2tal"`, `"dr2net"`,
-            `"momentum"`, `"bdia"`, `"dr2net(alpha=1,beta=0.125)"`.
-        exact: Whether streams are in fixed point, as for `revwire.rewire`.
-        include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
-        exclude: Globs of module paths to leave alone.
-        chunks: As for `revwire.rewire`, like the next three.
-        keep: Steps that keep the graph of their branch.
-        anchor: Steps that keep the input of the step before them.
-        transitions: What the blocks between chains hold.
-
-    Raises:
-        RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
-    """
-    kind = coupling_of(coupling)
-    found, chosen = _planned(model, example_inputs, kind, exact_of(exact, kind), include, exclude)
-    return Dials(chunks, keep, anchor, transitions).turned(chosen, found)
-
-
-def rewire(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
-    include: Globs = None,
-    exclude: Globs = None,
-    chunks: int | Mapping[str, int] = 1,
-    keep: Globs | int = None,
-    anchor: Globs = None,
-    transitions: Transitions = "keep",
-    plan: Plan | None = None,
-) -> nn.Module:
-    """Turn the chains of residual blocks of `model` into reversible ones, in place.
-
-    The model keeps its class (to `isinstance`), its parameters and their names; training it keeps no activations of
-    the chains. What it computes is up to the coupling: with the default another function than before (see
-    `revwire.Re2TAL`), so fine-tune it; `BDIA`, `Dr2Net` and `Momentum` keep the function or start near it.
-
-    Args:
-        model: Any module.
-        example_inputs: As for `revwire.plan`.
-        coupling: The recurrence, by name or as an object, as for `revwire.plan`.
-        exact: Streams in fixed point, so that backward reconstructs every input bit for bit, at any depth and with
-            any |a| of 1, 1/2, 1/4, ...: True for a grid that follows the values entering each chain, or
-            `revwire.Grid(bits)` (or just the number of bits after the point) for the same one everywhere.
-        include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
-        exclude: Globs of module paths to leave alone.
-        chunks: Run each branch on so many slices of the batch, in forward and backward, so that it needs so much less
-            memory; or a dict of globs of steps (`"blocks.*#1"`) or modules to numbers. Of a single long video, tokens
-            are cut where the branch treats them alike. Where samples mix (BatchNorm) the branch runs whole, and the
-            plan says why.
-        keep: Globs of steps whose branches keep their graph, and do not run again; or how many steps from the
-            beginning of each chain do.
-        anchor: Globs of steps that keep the input of the step before them, as checkpointing does, so that their
-            second run stops before its last product.
-        transitions: `"checkpoint"` to have the blocks between chains (stem, downsampling, last norm) run again in
-            backward from their stored input; the pair that leaves a chain is stored once then.
-        plan: A plan made earlier (of the same architecture); its chains are rewired instead of a fresh choice, with
-            the dials that it was made with.
-
-    Returns:
-        The same model.
-
-    Raises:
-        RewireError: no chain was found, the model is rewired already, or `plan` does not fit; the model is as it was.
-    """
-    kind = coupling_of(coupling)
-    streams = exact_of(exact, kind)
-    found, fresh = _planned(model, example_inputs, kind, streams, include, exclude)
-    dials = Dials(chunks, keep, anchor, transitions)
-    chosen = dials.turned(fresh, found) if plan is None else _fitting(plan, fresh, found)
-    if not chosen.chains:
-        raise RewireError(nothing_to_rewire(chosen))
-    apply_plan(model, chosen, found, Options(kind, exact=streams))
-    for warning in chosen.warnings:
-        warnings.warn(warning, stacklevel=2)
-    return model
 
 
 def unwire(model: nn.Module) -> nn.Module:
@@ -184,7 +85,7 @@ def set_coupling(model: nn.Module, coupling: Coupling) -> None:
             program.options = replace(program.options, coupling=coupling)
 
 
-def _planned(
+def recorded(
     model: nn.Module,
     example_inputs: Any,
     coupling: Coupling,
@@ -192,6 +93,11 @@ def _planned(
     include: Globs,
     exclude: Globs,
 ) -> tuple[Probe, Plan]:
+    """One recorded run of the model, and the chains chosen from it.
+
+    Raises:
+        RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
+    """
     if any(hasattr(type(module), "revwire_original") for module in model.modules()):
         raise RewireError(f"{type(model).__name__} is rewired already; call revwire.unwire(model) first")
     args, kwargs = call_arguments(model, example_inputs)
@@ -257,7 +163,7 @@ def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ..
     )
 
 
-def _fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
+def fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
     """The wanted plan, if this model has its residuals.
 
     Raises:

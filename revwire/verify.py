@@ -190,6 +190,8 @@ class _Runs:
         noise, note = self._noise(2.0**-53, training=training)
         bound = max(GRADIENT_BOUND_FLOAT64, min(noise, GRADIENT_BOUND))
         yield Check(f"gradients, {mode}, float64", worst, 0 if self._exact(exact) else bound, where)
+        if not training and any(step.slices > 1 for step in self.plan.steps):
+            yield self.slices()
         plain = self._step(None, replay=False, training=training)
         found = self._step(None, replay=True, training=training)
         # no float32 run can be asked to agree more closely with plain float32 than that agrees with the truth
@@ -206,6 +208,16 @@ class _Runs:
             differing = moved + ([] if torch.equal(plain.random, found.random) else ["(random state)"])
             name = "buffers, random state"
             yield Check(name, len(differing), 0, ", ".join(differing[:3]))
+
+    def slices(self) -> Check:
+        """Branches run slice by slice give the gradients of the whole batch; in eval mode, as slices draw their own."""
+        # a grid would make a unit of it where a sum is rounded the other way
+        both = (
+            self._step(torch.float64, replay=False, training=False, sliced=s, exact=False)
+            for s in (True, False)
+        )
+        worst, where = _worst_gradient(*(step.gradients for step in both))
+        return Check("slices, eval, float64", worst, GRADIENT_BOUND_FLOAT64, where)
 
     def _exact(self, step: _Step) -> bool:
         """Whether gradients have to be equal to the bit; GPU kernels add up in an order of their own."""
@@ -229,8 +241,8 @@ class _Runs:
             worst, where = max(found, default=(0.0, "nothing is run again"))
             yield Check("chain inputs, exact", worst, 0, where)
 
-    def _step(self, dtype: torch.dtype | None, *, replay: bool, training: bool) -> _Step:
-        model = self.wired(replay=replay).to(dtype).train(training)
+    def _step(self, dtype: torch.dtype | None, *, training: bool, **changed: Any) -> _Step:
+        model = self.wired(**changed).to(dtype).train(training)
         args, kwargs = cast((self.args, self.kwargs), dtype)
         torch.manual_seed(2)
         mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
@@ -253,8 +265,8 @@ class _Runs:
         excused = {id(t.untyped_storage()) for t in own}
         shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
         for step in made:
-            if step.link.branch.name in self.sharing:
-                continue  # what they hand out belongs to whoever uses it
+            if step.link.branch.name in self.sharing or step.link.branch.mode != "reverse":
+                continue  # what they hand out belongs to whoever uses it; others hold what they were asked to
             alive = [s for ref in step.storages if (s := ref()) is not None and id(s) not in excused]
             module = step.link.branch.name.partition("#")[0]
             shares.setdefault(module, []).append(sum(s.nbytes() for s in alive) / step.trunk)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from benchmarks import report
 from benchmarks.memory import Case, Row, main, run, table, timm_case
 from benchmarks.steps import steps_to_come
-from benchmarks.strategies import STRATEGIES
 from revwire.errors import RevwireError
 from revwire.memory.measure import StepMemory, Timing
+from revwire.memory.strategies import STRATEGIES
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 6, "num_heads": 2, "num_classes": 3}
 

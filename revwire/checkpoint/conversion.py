@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from revwire import surgery, timm_models
+from revwire import rewiring, timm_models
 from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import build, common_dtype
 from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_of
@@ -169,7 +169,7 @@ def convert(
     say(f"building {architecture.name}")
     model = _plain(source, architecture)
     say("planning")
-    plan = surgery.plan(model, coupling=coupling, exact=exact)
+    plan = rewiring.plan(model, coupling=coupling, exact=exact)
     if not plan.chains:
         reasons = "; ".join(f"{left.module or 'the model'}: {left.reason}" for left in plan.skipped[:3])
         raise RewireError(
@@ -231,6 +231,6 @@ def _measure(model: nn.Module, plan: Plan) -> Savings:
         plain = measure_step(model, inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan says it
-            surgery.rewire(model, inputs, coupling=plan.coupling, exact=plan.exact, plan=plan)
+            rewiring.rewire(model, inputs, coupling=plan.coupling, exact=plan.exact, plan=plan)
         rewired = measure_step(model, inputs)
     return Savings(len(inputs), plain, rewired)

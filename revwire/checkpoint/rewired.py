@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revwire import surgery, timm_models
+from revwire import rewiring, surgery, timm_models
 from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import build, check_fit, common_dtype
 from revwire.checkpoint.metadata import rewiring_metadata, rewiring_of
@@ -45,7 +45,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     architecture = resolve(source)
     model = build(architecture, source.tensors, str(path), common_dtype(source.tensors))
     try:
-        surgery.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan)
+        rewiring.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan)
     except RewireError as error:
         raise CheckpointError(
             f"{path}: its plan does not fit {architecture} as this version of timm builds it ({error}); "

@@ -1,4 +1,4 @@
-"""Memory of a training step: measured here; the names a user needs, handed on."""
+"""Memory of a training step: measured, estimated, and fitted into a budget."""
 
 from revwire.memory.measure import (
     LiveBytes,

@@ -1,0 +1,247 @@
+"""The peak of one training step before it is run: parameters, gradients, optimizer state, activations, temporaries.
+
+The step (forward, backward, optimizer) runs as it would, on fake tensors: every operation tells the shapes of what it
+makes and computes nothing, so neither an accelerator nor memory is needed. `LiveBytes` counts what is alive. What it
+cannot see, scratch memory inside one kernel and an allocator's fragmentation, is not in the figures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire.errors import RevwireError
+from revwire.memory.fake_step import TrainingStep
+from revwire.memory.measure import Loss, mean_square
+from revwire.structure import tree_leaves
+from revwire.surgery import call_arguments
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from revwire.memory.strategies import Strategy
+
+Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
+
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+}
+COMMON = ("plain", "checkpoint", "rewired", "lean")
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_MOST = 2**20
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One training step done in one way, in bytes.
+
+    Attributes:
+        strategy: The way, by name.
+        peak: Most bytes alive at once in forward, backward and optimizer step, the model and its state included.
+        model: Parameters and buffers.
+        gradients: All gradients, when they are there.
+        optimizer: The optimizer's state.
+        activations: Activations and temporaries alone, at the moment of forward and backward when they are most.
+        where: What runs when the peak is reached: a module's path, or a phase of the step.
+        alive: What is alive then: (what, bytes), the largest first.
+        fits: The largest size of the varied dimension whose step fits, None where not asked for; 0 if none does.
+        failure: Why there are no figures, if there are none.
+    """
+
+    strategy: str
+    peak: int = 0
+    model: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    where: str = ""
+    alive: tuple[tuple[str, int], ...] = ()
+    fits: int | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """The same step done in several ways; prints as a table.
+
+    Attributes:
+        model: Class name of the model.
+        inputs: Shapes of the tensors that its forward takes.
+        optimizer: Name of the optimizer.
+        autocast: dtype of the forward's autocast, `""` for none.
+        limit: The bytes that `Estimate.fits` refers to, None where not asked for.
+        varied: The dimension of the first input that it varies.
+        rows: One for each way.
+    """
+
+    model: str
+    inputs: tuple[tuple[int, ...], ...]
+    optimizer: str
+    autocast: str
+    limit: int | None
+    varied: int
+    rows: tuple[Estimate, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimates as JSON-ready dicts and lists."""
+        return asdict(self)
+
+    def __getitem__(self, strategy: str) -> Estimate:
+        """The row of a strategy."""
+        return next(row for row in self.rows if row.strategy == strategy)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
+        amp = f", autocast {self.autocast}" if self.autocast else ""
+        table = Table(
+            title=f"{escape(self.model)}, input {shapes}, {self.optimizer}{amp}: one training step, GiB",
+            title_justify="left",
+        )
+        table.add_column("strategy", overflow="fold")
+        for heading in ("peak", "activations", "model", "gradients", "optimizer"):
+            table.add_column(heading, justify="right")
+        if self.limit is not None:
+            table.add_column(f"fits {self.limit / 2**30:.3g} GiB", justify="right")
+        table.add_column("peak reached in, and what is alive there", overflow="fold")
+        for row in self.rows:
+            sizes = row.peak, row.activations, row.model, row.gradients, row.optimizer
+            cells = [f"{size / 2**30:.2f}" if not row.failure else "-" for size in sizes]
+            if self.limit is not None:
+                cells.append("-" if row.fits is None else str(row.fits))
+            alive = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in row.alive[:_SHOWN])
+            table.add_row(escape(row.strategy), *cells, escape(row.failure or f"{row.where}: {alive}"))
+        yield table
+
+
+def estimate(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    strategies: Iterable[str] | Mapping[str, Strategy] = COMMON,
+    optimizer: Optimizer = "adamw",
+    loss_fn: Loss | None = None,
+    autocast: torch.dtype | None = None,
+    limit: str | int | None = None,
+    vary: int = 0,
+    device: str | torch.device | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Estimates:
+    """What one training step needs, for several ways of doing it; computes nothing and takes no memory.
+
+    Args:
+        model: The model as it was built, on any device; the meta device will do.
+        example_inputs: What its forward takes, of the shapes of the step, as for `revwire.plan`; tensors may be fake.
+        strategies: Names of `revwire.memory.strategies.STRATEGIES`; or names of one's own to keyword arguments of
+            `revwire.rewire`.
+        optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"momentum"`, a function from parameters to an optimizer, or None.
+        loss_fn: From the model's output to a scalar; the mean square of all outputs if not given.
+        autocast: Run the forward under autocast to this dtype.
+        limit: A size, in bytes or such as `"24GiB"`: find the largest input whose step fits.
+        vary: Which dimension of the first input tensor to vary for it: 0, the batch.
+        device: Type of the device that the step is for, as kernels differ; the model's own if not given.
+        progress: Called with what is being estimated.
+
+    Raises:
+        RevwireError: the model is rewired already, does not run on the inputs, or a name or size makes no sense.
+    """
+    if any(hasattr(type(module), "revwire_original") for module in model.modules()):
+        raise RevwireError(f"{type(model).__name__} is rewired already; estimate the model as it was built")
+    say = progress or (lambda _: None)
+    named = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
+    args, kwargs = call_arguments(model, example_inputs)
+    bytes_ = None if limit is None else size_of(limit)
+    place = torch.device(device) if device is not None else _device_of(model)
+    step = TrainingStep(args, kwargs, _optimizer(optimizer), loss_fn or mean_square, autocast, place)
+    rows = []
+    for name, strategy in named.items():
+        say(name)
+        rows.append(_row(name, strategy, model, step, bytes_, vary))
+    shapes = tuple(tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    called = (
+        optimizer if isinstance(optimizer, str) else "no optimizer" if optimizer is None else "own optimizer"
+    )
+    amp = "" if autocast is None else str(autocast).removeprefix("torch.")
+    return Estimates(type(model).__name__, shapes, called, amp, bytes_, vary, tuple(rows))
+
+
+def size_of(text: str | int) -> int:
+    """A number of bytes from `"24GiB"`, `"24G"`, `"800 MiB"` or a number.
+
+    Raises:
+        RevwireError: it is none.
+    """
+    if isinstance(text, int):
+        return text
+    matched = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if matched is None:
+        raise RevwireError(f"{text!r} is no size; write 24GiB, 800MiB or a number of bytes")
+    return int(float(matched[1]) * _UNITS[matched[2]])
+
+
+def _row(
+    name: str, strategy: Strategy, model: nn.Module, step: TrainingStep, limit: int | None, vary: int
+) -> Estimate:
+    size = step.varied(vary) if limit is not None else 0
+    try:
+        prepared = step.prepared(model, strategy)
+        found = Estimate(name, **vars(step.run(prepared)))
+        if limit is None:
+            return found
+        # images and clips come in multiples of a patch; samples do not
+        unit = 1 if vary == 0 else size & -size
+        peaks = {size // unit: found.peak}
+
+        def peak(units: int) -> int:
+            if units not in peaks:
+                peaks[units] = step.resized(vary, units * unit).run(prepared).peak
+            return peaks[units]
+
+        return replace(found, fits=_largest(peak, size // unit, limit) * unit)
+    except RevwireError as error:
+        return Estimate(name, failure=str(error))
+
+
+def _largest(peak: Callable[[int], int], start: int, limit: int) -> int:
+    """The largest number whose peak is within the limit, by lines through what is known: peaks grow almost evenly."""
+    low, high = 0, _MOST
+    known = {start: peak(start), 2 * start: peak(2 * start)}
+    while True:
+        low = max([n for n, size in known.items() if size <= limit], default=low)
+        high = min([n for n, size in known.items() if size > limit], default=high)
+        if high - low <= 1:
+            return low
+        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda item: abs(item[1] - limit))[:2]
+        slope = (at_a - at_b) / (a - b)
+        guess = a + int((limit - at_a) // slope) if slope > 0 else 2 * high
+        # a line that is a little off would ask the neighbours one by one: near the end, halve
+        guess = min(max(guess, low + 1), high - 1)
+        if guess in known:
+            guess = (low + high) // 2
+        known[guess] = peak(guess)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _optimizer(named: Optimizer) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None:
+    if not isinstance(named, str):
+        return named
+    if named.lower() not in _OPTIMIZERS:
+        raise RevwireError(
+            f"{named!r} is not one of {', '.join(_OPTIMIZERS)}; pass a function from parameters to one"
+        )
+    return _OPTIMIZERS[named.lower()]

@@ -1,0 +1,246 @@
+"""A training step on fake tensors: forward, backward and optimizer run as they would, and compute nothing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from revwire._torch import FakeTensorMode, quiet_fake_tensors
+from revwire.errors import RevwireError
+from revwire.memory.measure import LiveBytes
+from revwire.memory.strategies import treated
+from revwire.structure import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from revwire.memory.measure import Loss
+    from revwire.memory.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Bytes of one training step; the fields are those of `revwire.memory.estimate.Estimate`."""
+
+    peak: int
+    model: int
+    gradients: int
+    optimizer: int
+    activations: int
+    where: str
+    alive: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step to come: what goes into it, beside the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
+    loss_fn: Loss
+    autocast: torch.dtype | None
+    device: torch.device
+
+    def prepared(self, model: nn.Module, strategy: Strategy) -> nn.Module:
+        """A copy of the model on the meta device, made ready for one way of doing the step."""
+        args, kwargs = tree_map(_meta_like, (self.args, self.kwargs))
+        return treated(_moved(model, _meta_like), kwargs or args, strategy)
+
+    def resized(self, dim: int, size: int) -> TrainingStep:
+        """The same with another size of a dimension of the first input; the batch is that of all inputs."""
+        first = self.varied(dim)
+        tensors = iter([t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)])
+        own = next(tensors)
+
+        def other(leaf: Any) -> Any:
+            alike = leaf is own or (
+                dim == 0 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == first
+            )
+            if not alike:
+                return leaf
+            shape = [size if i == dim else n for i, n in enumerate(leaf.shape)]
+            return torch.empty(shape, dtype=leaf.dtype, device="meta")
+
+        args, kwargs = tree_map(other, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def varied(self, dim: int) -> int:
+        """The size that `resized` varies.
+
+        Raises:
+            RevwireError: the first input has no such dimension, or there is none.
+        """
+        first = next((t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)), None)
+        if first is None or not 0 <= dim < first.ndim:
+            found = "no tensor" if first is None else f"a tensor of {first.ndim} dimensions"
+            raise RevwireError(f"cannot vary dimension {dim} of the first input, which is {found}")
+        return first.shape[dim]
+
+    def run(self, prepared: nn.Module) -> Figures:
+        """The figures of one model made ready."""
+        with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
+            model = _moved(prepared, self._stand_in)
+            args, kwargs = tree_map(self._stand_in, (self.args, self.kwargs))
+            meter.watch(model)
+            of_model = meter.live
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            gradients = sum(p.nbytes for p in parameters)
+            optimizer = self.optimizer(parameters) if self.optimizer and parameters else None
+            with meter.phase("optimizer state"):
+                if optimizer is not None:
+                    for parameter in parameters:
+                        parameter.grad = torch.empty_like(parameter)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            of_optimizer = meter.live - of_model
+            meter.begin()
+            with _paths(meter, model):
+                with (
+                    meter.phase("forward"),
+                    torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+                ):
+                    loss = self.loss_fn(model(*args, **kwargs))
+                with meter.phase("backward"):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                activations = meter.activations
+                with meter.phase("optimizer step"):
+                    del loss
+                    if optimizer is not None:
+                        optimizer.step()
+            alive = tuple(meter.alive.most_common())
+            where = meter.where
+        return Figures(meter.peak, of_model, gradients, of_optimizer, activations, where, alive)
+
+    def _stand_in(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=self.device)
+        return made.requires_grad_(leaf.requires_grad)
+
+
+class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+    """Live bytes, and where they are made; from `begin` on, the peak's place too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activations = 0
+        self.alive: Counter[str] = Counter()
+        self.where = ""
+        self.path: list[str] = []
+        self._last = ""
+        self._phase = "model"
+        self._labels: dict[int, str] = {}
+        self._parameters: list[nn.Parameter] = []
+        self._gradients = 0
+        self._base: int | None = None
+        self._shown = 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Tell gradients from temporaries: those of this model's parameters."""
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def arrived(parameter: Tensor) -> None:
+            self._gradients += parameter.nbytes
+
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def begin(self) -> None:
+        """From here on the peak is looked for; what is alive now is no activation."""
+        self._base, self._gradients = self.live, 0
+        self.reset_peak()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is made in the block is called after `name`, where no module makes it."""
+        self._phase, self._last, before = name, "", self._phase
+        yield
+        self._phase = before
+
+    def entered(self, path: str) -> None:
+        """A module begins to run."""
+        self.path.append(path)
+        self._last = path
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.peak
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._base is None:
+            return out
+        self.activations = max(self.activations, self._live - self._base - self._gradients)
+        if self.peak > before:
+            self.where = self._place()
+            # telling all that is alive takes time: only for peaks that are really others
+            if self.peak > 1.01 * self._shown:
+                self._shown = self.peak
+                self.alive = self._told()
+        return out
+
+    def _place(self) -> str:
+        if self.path:
+            return f"{self._phase} of {self.path[-1]}"
+        return (
+            f"{self._phase}, after {self._last} ran again"
+            if self._last and self._phase == "backward"
+            else self._phase
+        )
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        super()._count(storage)
+        if self.path:
+            self._labels[id(storage)] = re.sub(r"\b\d+\b", "*", self.path[-1])
+        else:
+            self._labels[id(storage)] = self._phase
+
+    def _told(self) -> Counter[str]:
+        gradients = {id(p.grad.untyped_storage()) for p in self._parameters if p.grad is not None}
+        told: Counter[str] = Counter()
+        for key, counted in self._counted.items():
+            told["gradients" if key in gradients else self._labels[key]] += counted.nbytes
+        return told
+
+
+@contextmanager
+def _paths(meter: _Meter, model: nn.Module) -> Iterator[None]:
+    """The meter knows which module runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in names:
+            meter.entered(names[id(module)] or "(model)")
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if id(module) in names:
+            meter.path.pop()
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        # a second run that stops early leaves its modules by an exception
+        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+def _moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a model with other tensors for its parameters and buffers; theirs are not copied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        moved = move(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, tensor.requires_grad)
+        memo[id(tensor)] = moved
+    return copy.deepcopy(model, memo)
+
+
+def _meta_like(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")

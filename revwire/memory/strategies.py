@@ -1,0 +1,74 @@
+"""The ways of doing a training step that are compared: as it is, with activation checkpointing, rewired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.checkpoint import checkpoint
+
+from revwire import rewiring
+from revwire.errors import RevwireError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Strategy = str | Mapping[str, Any]
+"""`"plain"`, `"checkpoint"`, one of `STRATEGIES`, or the keyword arguments of `revwire.rewire`."""
+
+STRATEGIES: dict[str, Mapping[str, Any] | None] = {
+    "plain": None,
+    "checkpoint": None,
+    "rewired": {},
+    "anchored": {"anchor": "*", "transitions": "checkpoint"},
+    "lean": {"chunks": 8, "transitions": "checkpoint"},
+}
+"""By name: what is passed to `revwire.rewire`; None where it is not called."""
+
+
+def treated(model: nn.Module, inputs: Any, strategy: Strategy) -> nn.Module:
+    """Have `model` do its training step in some way; changes it in place, and returns it.
+
+    Args:
+        model: The model as it was built.
+        inputs: What its forward takes, as for `revwire.plan`.
+        strategy: See `Strategy`.
+
+    Raises:
+        RevwireError: there is no such strategy, or it cannot treat this model.
+    """
+    if isinstance(strategy, str):
+        if strategy not in STRATEGIES:
+            raise RevwireError(f"{strategy!r} is not one of {', '.join(STRATEGIES)}")
+        if strategy == "plain":
+            return model
+        if strategy == "checkpoint":
+            return checkpointed(model, inputs)
+    options = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
+    return rewiring.rewire(model, inputs, **(options or {}))
+
+
+def checkpointed(model: nn.Module, inputs: Any) -> nn.Module:
+    """Checkpoint the activations of every block, with torch's non-reentrant checkpoint.
+
+    timm's models have a switch for it; of other models, every module that rewiring would work on is a block.
+
+    Raises:
+        RevwireError: timm was told to use the reentrant variant, or the model has no residual blocks.
+    """
+    if hasattr(model, "set_grad_checkpointing"):
+        from timm.layers import use_reentrant_ckpt
+
+        if use_reentrant_ckpt():
+            raise RevwireError("timm is set to reentrant checkpoints (TIMM_REENTRANT_CKPT): unset it")
+        switch: Any = model.set_grad_checkpointing
+        switch()
+        return model
+    names = {step.module for step in rewiring.plan(model, inputs).steps}
+    if not names - {""}:
+        raise RevwireError(f"{type(model).__name__} has no residual blocks to checkpoint")
+    for name in names - {""}:
+        block: Any = model.get_submodule(name)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
