@@ -228,7 +228,7 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         except TraceFailure as failure:
             raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
     for path, program in programs.items():
-        module = frames[path].module
+        module = model.get_submodule(path)
         module.__dict__[PROGRAM] = program
         module.__class__ = _rewired_class(type(module))
     model.__dict__[_PLAN] = chosen

@@ -51,9 +51,14 @@ def find_transitions(plan: Plan, found: Probe) -> Plan:
         if any(caller in branches for caller in _calls(frame)) or _changes_inputs(frame):
             chosen[frame.path] = False
             continue
-        chains = {ends[at] for at in _given(frame, found) if at in ends}
+        chains = {ends[at] for node in _inputs(frame) for at in _sources(node, found) if at in ends}
         entered.setdefault(frame.path, set()).update(chains)
         chosen[frame.path] = (bool(frame.module._modules) or bool(chains)) and chosen.get(frame.path, True)
+    for path, at in _single(found, around, branches):
+        # modules of torch itself have no frame of their own
+        if at in ends:
+            chosen.setdefault(path, True)
+            entered.setdefault(path, set()).add(ends[at])
     recomputed = tuple(path for path, is_chosen in chosen.items() if is_chosen)
     handing = set[int]().union(*(entered[path] for path in recomputed))
     opened = tuple(replace(chain, open=i in handing) for i, chain in enumerate(plan.chains))
@@ -86,13 +91,27 @@ def _changes_inputs(frame: Frame) -> bool:
     return any(given & n.meta["changes"] for n in frame.graph.nodes if "changes" in n.meta)
 
 
-def _given(frame: Frame, found: Probe) -> Iterator[Identity]:
-    """The values a frame is given, and those they are rearrangements of."""
-    for node in _inputs(frame):
-        at: Identity | None = (id(node.meta["value"]), node.meta["version"])
-        while at is not None:
-            yield at
-            at = found.origins.get(at)
+def _sources(node: fx.Node, found: Probe) -> Iterator[Identity]:
+    """A value, and those it is a rearrangement of."""
+    at: Identity | None = (id(node.meta["value"]), node.meta["version"])
+    while at is not None:
+        yield at
+        at = found.origins.get(at)
+
+
+def _single(found: Probe, around: set[str], branches: set[fx.Node]) -> Iterator[tuple[str, Identity]]:
+    """Children without code of their own that the frames around the chains call: their path, what they are given."""
+    for frame in found.frames:
+        if frame.path not in around or frame.graph is None:
+            continue
+        for node in frame.graph.nodes:
+            alone = node.op == "call_module" and len(node.all_input_nodes) == 1 and node not in branches
+            if not alone or node.meta.get("changes"):
+                continue
+            path = f"{frame.path}.{node.target}".lstrip(".")
+            if not frame.module.get_submodule(str(node.target))._modules:
+                for at in _sources(node.all_input_nodes[0], found):
+                    yield path, at
 
 
 class Recomputed:

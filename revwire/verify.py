@@ -260,12 +260,15 @@ class _Runs:
         # chain holds its last pair, once
         own = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         own += [t for step in made if step.link.end is not None for t in step.link.end[0]]
+        own += [step.link.anchor[0] for step in made if step.link.anchor is not None]
         runs = [run for step in made for run in step.link.runs]
         own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
         excused = {id(t.untyped_storage()) for t in own}
         shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
         for step in made:
-            if step.link.branch.name in self.sharing or step.link.branch.mode != "reverse":
+            link = step.link
+            keeps = "keep" in {link.branch.mode, link.next.branch.mode if link.next else ""}
+            if link.branch.name in self.sharing or keeps:
                 continue  # what they hand out belongs to whoever uses it; others hold what they were asked to
             alive = [s for ref in step.storages if (s := ref()) is not None and id(s) not in excused]
             module = step.link.branch.name.partition("#")[0]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import assert_same, gradients, loss
 from torch import nn
-from torch.nn import functional
 
 import revwire
 from revwire import ReplayError, RewireError
@@ -27,7 +26,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None):
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        return self.drop(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        scores = q @ k.mT if mask is None else q @ k.mT + mask
+        return self.drop(scores.softmax(-1) @ v)
 
 
 class Mlp(nn.Sequential):
@@ -211,7 +211,8 @@ def test_what_each_dial_holds():
     kept_first, _ = held(revwire.rewire(net(), x, keep="first.0"), x)
     all_kept, _ = held(revwire.rewire(net(), x, keep="*"), x)
     graph = held(net(), x)[0] - plain
-    assert kept_first - plain == pytest.approx(graph / steps * (2 / 3), rel=0.2)
+    # the blocks of the second half have half the tokens
+    assert kept_first - plain == pytest.approx(graph / (1.5 * DEPTH), rel=0.1)
     assert all_kept == pytest.approx(held(net(), x)[0], rel=0.02)
     fewer, _ = held(revwire.rewire(net(), x, transitions="checkpoint"), x)
     # down and norm would keep the merged trunk of their chain beside its pair, and their insides
@@ -292,7 +293,7 @@ def test_a_plan_keeps_its_dials():
     plan = revwire.plan(
         net(),
         x,
-        chunks={"*.mlp*": 2, "*": 1, "first.0": 3},
+        chunks={"*#1": 2, "first.0": 3},
         keep="second.1#1",
         anchor="*#0",
         transitions="checkpoint",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from revwire.dials import Dials
 from revwire.errors import RewireError
-from revwire.memory.estimate import Optimizer, estimate, size_of
+from revwire.memory.estimate import Optimizer, estimate, in_words, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -114,8 +114,8 @@ def dials_within(
         _LOG.info("%s", _told(limit, peak(chosen, level), chosen, level, len(names)))
         return _dials(names, chosen, level)
     raise RewireError(
-        f"budget: the step needs at least {smallest / 2**30:.2f} GiB, {(smallest - limit) / 2**30:.2f} GiB more than "
-        f"{limit / 2**30:.2f} GiB; take a smaller batch (revwire.estimate(model, limit=...) says which fits), an "
+        f"budget: the step needs at least {in_words(smallest)}, {in_words(smallest - limit)} more than "
+        f"{in_words(limit)}; take a smaller batch (revwire.estimate(model, limit=...) says which fits), an "
         "optimizer with less state, or autocast"
     )
 
@@ -157,5 +157,5 @@ def _told(limit: int, peak: int, setting: tuple[Transitions, int], level: int, s
     ]
     said += [f"branches run in {setting[1]} slices" if setting[1] > 1 else ""]
     said += ["transitions run again" if setting[0] == "checkpoint" else ""]
-    sizes = f"{peak / 2**30:.2f} of {limit / 2**30:.2f} GiB"
+    sizes = f"{in_words(peak)} of {in_words(limit)}"
     return f"budget: the step takes {sizes}: {', '.join(filter(None, said))}"

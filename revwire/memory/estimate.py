@@ -50,6 +50,7 @@ class Estimate:
         model: Parameters and buffers.
         gradients: All gradients, when they are there.
         optimizer: The optimizer's state.
+        inputs: What the model is called with.
         activations: Activations and temporaries alone, at the moment of forward and backward when they are most.
         where: What runs when the peak is reached: a module's path, or a phase of the step.
         alive: What is alive then: (what, bytes), the largest first.
@@ -62,6 +63,7 @@ class Estimate:
     model: int = 0
     gradients: int = 0
     optimizer: int = 0
+    inputs: int = 0
     activations: int = 0
     where: str = ""
     alive: tuple[tuple[str, int], ...] = ()
@@ -188,6 +190,13 @@ def size_of(text: str | int) -> int:
     if matched is None:
         raise RevwireError(f"{text!r} is no size; write 24GiB, 800MiB or a number of bytes")
     return int(float(matched[1]) * _UNITS[matched[2]])
+
+
+def in_words(size: float) -> str:
+    """A number of bytes as a person writes it: `1.50 GiB`, `37.2 MiB`."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def _row(

@@ -34,6 +34,7 @@ class Figures:
     model: int
     gradients: int
     optimizer: int
+    inputs: int
     activations: int
     where: str
     alive: tuple[tuple[str, int], ...]
@@ -89,9 +90,11 @@ class TrainingStep:
         """The figures of one model made ready."""
         with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
             model = _moved(prepared, self._stand_in)
-            args, kwargs = tree_map(self._stand_in, (self.args, self.kwargs))
-            meter.watch(model)
             of_model = meter.live
+            with meter.phase("inputs"):
+                args, kwargs = tree_map(self._stand_in, (self.args, self.kwargs))
+            of_inputs = meter.live - of_model
+            meter.watch(model)
             parameters = [p for p in model.parameters() if p.requires_grad]
             gradients = sum(p.nbytes for p in parameters)
             optimizer = self.optimizer(parameters) if self.optimizer and parameters else None
@@ -101,7 +104,7 @@ class TrainingStep:
                         parameter.grad = torch.empty_like(parameter)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-            of_optimizer = meter.live - of_model
+            of_optimizer = meter.live - of_model - of_inputs
             meter.begin()
             with _paths(meter, model):
                 with (
@@ -118,7 +121,7 @@ class TrainingStep:
                         optimizer.step()
             alive = tuple(meter.alive.most_common())
             where = meter.where
-        return Figures(meter.peak, of_model, gradients, of_optimizer, activations, where, alive)
+        return Figures(meter.peak, of_model, gradients, of_optimizer, of_inputs, activations, where, alive)
 
     def _stand_in(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

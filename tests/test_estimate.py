@@ -1,0 +1,219 @@
+"""Estimates on fake tensors against the same steps run for real, and budgets that hold."""
+
+import copy
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import revwire
+from revwire import RevwireError, RewireError
+from revwire.cli import app
+from revwire.memory import budget
+from revwire.memory.estimate import _largest, size_of
+from revwire.memory.measure import LiveBytes, mean_square
+from revwire.memory.strategies import STRATEGIES, treated
+
+SMALL = {
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 4},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "window_size": 7},
+    "resnet50": {},
+    "convnext_atto": {},
+    "mvitv2_tiny": {"img_size": 64},
+    "efficientnet_b0": {},
+}
+SHAPE = {"vit_tiny_patch16_224": 64, "swin_tiny_patch4_window7_224": 56, "mvitv2_tiny": 64}
+
+
+def model_of(name, **changed):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL[name], **changed}).train()
+
+
+def inputs_of(name, batch=6):
+    size = SHAPE.get(name, 64)
+    return torch.randn(batch, 3, size, size)
+
+
+def peak_for_real(model, x, make_optimizer):
+    """Most live bytes of the second step, and of its forward and backward without the model and gradients."""
+    with LiveBytes() as meter:
+        own = copy.deepcopy(model)
+        inner = x.clone()
+        optimizer = make_optimizer(own.parameters())
+        for parameter in own.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.reset_peak()
+        loss = mean_square(own(inner))
+        loss.backward()
+        del loss
+        optimizer.step()
+        return meter.peak
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_estimates_are_what_the_step_takes(name):
+    model, x = model_of(name), inputs_of(name)
+    names = [s for s in STRATEGIES if s != "lean" or name not in {"resnet50", "efficientnet_b0"}]
+    found = revwire.estimate(model, x, strategies=names)
+    for strategy in names:
+        real = peak_for_real(treated(copy.deepcopy(model), x, strategy), x, torch.optim.AdamW)
+        assert found[strategy].peak == pytest.approx(real, rel=0.03), strategy
+        assert not found[strategy].failure
+
+
+def test_nothing_of_the_model_is_touched_and_the_meta_device_says_the_same():
+    model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = revwire.estimate(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    with torch.device("meta"):
+        empty = timm.create_model("vit_tiny_patch16_224", **SMALL["vit_tiny_patch16_224"]).train()
+    assert revwire.estimate(empty, x.to("meta"), device="cpu") == found
+
+
+def test_parts_and_place_of_the_peak():
+    model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224", 64)
+    weights = sum(p.nbytes for p in model.parameters())
+    found = revwire.estimate(model, x, strategies=["plain", "rewired"], optimizer="adam")
+    row = found["plain"]
+    assert row.gradients == weights
+    assert 2 * weights <= row.optimizer < 2.1 * weights
+    assert row.model == weights + sum(b.nbytes for b in model.buffers())
+    assert row.inputs == x.nbytes
+    assert row.activations + row.model + row.optimizer + row.inputs <= row.peak * 1.1
+    assert "blocks.*.mlp.fc1" in dict(row.alive)
+    assert sum(size for _, size in row.alive) == pytest.approx(row.peak, rel=0.02)
+    assert row.where.startswith("backward")
+    plain = revwire.estimate(model, x, strategies=["plain"], optimizer=None)["plain"]
+    assert plain.optimizer == 0
+    assert plain.peak < row.peak
+
+
+@pytest.mark.parametrize("strategy", ["plain", "rewired"])
+def test_the_largest_batch_is_the_largest(strategy):
+    model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224", 4)
+    limit = revwire.estimate(model, inputs_of("vit_tiny_patch16_224", 37), strategies=[strategy]).rows[0].peak
+    found = revwire.estimate(model, x, strategies=[strategy], limit=limit).rows[0]
+    assert found.fits == 37
+    assert revwire.estimate(model, x, strategies=[strategy], limit=limit - 1).rows[0].fits == 36
+    assert revwire.estimate(model, x, strategies=[strategy], limit="1KiB").rows[0].fits == 0
+
+
+def test_other_dimensions_are_varied_in_multiples_that_the_model_takes():
+    model = model_of("convnext_atto")
+    limit = revwire.estimate(model, torch.empty(2, 3, 192, 64), strategies=["plain"]).rows[0].peak
+    found = revwire.estimate(model, torch.empty(2, 3, 64, 64), strategies=["plain"], limit=limit, vary=2)
+    assert found.rows[0].fits == 192
+    with pytest.raises(RevwireError, match="cannot vary dimension 7"):
+        revwire.estimate(model, torch.empty(2, 3, 64, 64), limit=limit, vary=7)
+
+
+def test_a_way_that_a_model_cannot_go_is_a_row_that_says_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    found = revwire.estimate(model, torch.empty(2, 4))
+    assert found["plain"].peak > 0
+    assert "no two residual blocks in a row" in found["rewired"].failure
+    with pytest.raises(RevwireError, match="'lbfgs' is not one of adamw"):
+        revwire.estimate(model, torch.empty(2, 4), optimizer="lbfgs")
+    with pytest.raises(RewireError, match="rewired already"):
+        revwire.estimate(revwire.rewire(model_of("vit_tiny_patch16_224")))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * 2**30), ("24gb", 24 * 2**30), ("1.5 MiB", 3 * 2**19), ("800", 800), ("2k", 2048), (7, 7)],
+)
+def test_sizes(text, size):
+    assert size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "-3GiB", "3XB", "1e3", "GiB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(RevwireError, match="is no size"):
+        size_of(text)
+
+
+@pytest.mark.parametrize("limit", [0, 9, 10, 57, 1000, 12345])
+def test_the_search_finds_the_largest_of_any_growing_function(limit):
+    def peak(n):
+        return 10 + 3 * n + (n // 7) ** 2
+
+    wanted = max((n for n in range(5000) if peak(n) <= limit), default=0)
+    assert _largest(peak, 4, limit) == wanted
+
+
+@pytest.mark.parametrize("share", [1.2, 0.7, 0.4, 0.25])
+def test_a_budget_is_kept_and_used(share, caplog):
+    model, x = model_of("vit_tiny_patch16_224", depth=6), inputs_of("vit_tiny_patch16_224", 64)
+    plain = revwire.estimate(model, x, strategies=["plain"]).rows[0].peak
+    limit = int(share * plain)
+    with caplog.at_level(logging.INFO, "revwire"):
+        model = revwire.rewire(model, x, budget=limit)
+    assert "budget: the step takes" in caplog.text
+    real = peak_for_real(model, x, torch.optim.AdamW)
+    assert real <= limit * 1.01
+    steps = list(revwire.plan_of(model).steps)
+    kept = sum(step.mode == "keep" for step in steps)
+    assert kept == len(steps) if share > 1 else kept < len(steps)
+    if share > 0.3:
+        # what is left is less than one more graph would take
+        assert real >= limit * 0.75 or share > 1
+
+
+def test_what_does_not_fit_says_by_how_much():
+    model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224")
+    with pytest.raises(RewireError, match=r"needs at least .* MiB, .* MiB more than 100\.0 KiB"):
+        revwire.rewire(model, x, budget="100KiB")
+    assert revwire.plan_of(model) is None
+    with pytest.raises(RewireError, match="pass one"):
+        revwire.rewire(model, x, budget="1GiB", chunks=2)
+
+
+def test_a_budget_of_a_model_whose_branches_cannot_be_cut():
+    model, x = model_of("resnet50"), inputs_of("resnet50", 2)
+    least = revwire.estimate(model, x, strategies={"": {"transitions": "checkpoint"}}).rows[0].peak
+    model = revwire.rewire(model, x, budget=revwire.Budget(int(least * 1.02)))
+    assert all(step.slices == 1 for step in revwire.plan_of(model).steps)
+
+
+def test_level_names_follow_the_chains():
+    model = model_of("swin_tiny_patch4_window7_224")
+    names = budget._in_order(revwire.plan(model, inputs_of("swin_tiny_patch4_window7_224")))
+    assert names[0].startswith("layers.3")
+    assert names[-1].startswith("layers.0")
+
+
+def test_the_command_prints_a_table_or_json():
+    small = json.dumps(SMALL["vit_tiny_patch16_224"])
+    call = [
+        "estimate",
+        "vit_tiny_patch16_224",
+        "--model-args",
+        small,
+        "--batch",
+        "4",
+        "-s",
+        "plain",
+        "-s",
+        "lean",
+    ]
+    told = CliRunner().invoke(app, [*call, "--limit", "64MiB", "--json"])
+    assert told.exit_code == 0, told.output
+    rows = json.loads(told.stdout)["rows"]
+    assert [row["strategy"] for row in rows] == ["plain", "lean"]
+    assert rows[1]["fits"] > rows[0]["fits"] > 0
+    told = CliRunner().invoke(app, call)
+    assert "one training step" in told.output
+    told = CliRunner().invoke(app, [*call, "--limit", "many"])
+    assert told.exit_code == 1
+    assert "is no size" in told.stderr
