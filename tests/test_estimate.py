@@ -19,14 +19,12 @@ from revwire.memory.measure import LiveBytes, mean_square
 from revwire.memory.strategies import STRATEGIES, treated
 
 SMALL = {
-    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 4},
-    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "window_size": 7},
-    "resnet50": {},
-    "convnext_atto": {},
-    "mvitv2_tiny": {"img_size": 64},
-    "efficientnet_b0": {},
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 2},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "window_size": 7, "depths": (2, 2, 2, 2)},
+    "resnet50": {"layers": (3, 3, 1, 1)},
+    "convnext_atto": {"depths": (2, 2, 2, 2)},
 }
-SHAPE = {"vit_tiny_patch16_224": 64, "swin_tiny_patch4_window7_224": 56, "mvitv2_tiny": 64}
+SHAPE = {"vit_tiny_patch16_224": 64, "swin_tiny_patch4_window7_224": 56}
 
 
 def model_of(name, **changed):
@@ -60,7 +58,7 @@ def peak_for_real(model, x, make_optimizer):
 @pytest.mark.parametrize("name", SMALL)
 def test_estimates_are_what_the_step_takes(name):
     model, x = model_of(name), inputs_of(name)
-    names = [s for s in STRATEGIES if s != "lean" or name not in {"resnet50", "efficientnet_b0"}]
+    names = [s for s in STRATEGIES if s != "lean" or name != "resnet50"]  # whose branches hold BatchNorm
     found = revwire.estimate(model, x, strategies=names)
     for strategy in names:
         real = peak_for_real(treated(copy.deepcopy(model), x, strategy), x, torch.optim.AdamW)
@@ -125,7 +123,7 @@ def test_a_way_that_a_model_cannot_go_is_a_row_that_says_so():
     assert "no two residual blocks in a row" in found["rewired"].failure
     with pytest.raises(RevwireError, match="'lbfgs' is not one of adamw"):
         revwire.estimate(model, torch.empty(2, 4), optimizer="lbfgs")
-    with pytest.raises(RewireError, match="rewired already"):
+    with pytest.raises(RevwireError, match="rewired already"):
         revwire.estimate(revwire.rewire(model_of("vit_tiny_patch16_224")))
 
 
@@ -152,9 +150,9 @@ def test_the_search_finds_the_largest_of_any_growing_function(limit):
     assert _largest(peak, 4, limit) == wanted
 
 
-@pytest.mark.parametrize("share", [1.2, 0.7, 0.4, 0.25])
+@pytest.mark.parametrize("share", [1.2, 0.8, 0.6])
 def test_a_budget_is_kept_and_used(share, caplog):
-    model, x = model_of("vit_tiny_patch16_224", depth=6), inputs_of("vit_tiny_patch16_224", 64)
+    model, x = model_of("vit_tiny_patch16_224", depth=3), inputs_of("vit_tiny_patch16_224", 64)
     plain = revwire.estimate(model, x, strategies=["plain"]).rows[0].peak
     limit = int(share * plain)
     with caplog.at_level(logging.INFO, "revwire"):
@@ -165,9 +163,8 @@ def test_a_budget_is_kept_and_used(share, caplog):
     steps = list(revwire.plan_of(model).steps)
     kept = sum(step.mode == "keep" for step in steps)
     assert kept == len(steps) if share > 1 else kept < len(steps)
-    if share > 0.3:
-        # what is left is less than one more graph would take
-        assert real >= limit * 0.75 or share > 1
+    # what is left is less than one more graph would take
+    assert real >= limit * 0.75 or share > 1
 
 
 def test_what_does_not_fit_says_by_how_much():
