@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from revwire.branch import Cut
 from revwire.errors import RewireError
 from revwire.plan import Skipped
-from revwire.slicing import cut_of, kind_of
+from revwire.slicing import cut_of, kind_of, refusal_of
 from revwire.transitions import find_transitions
 
 if TYPE_CHECKING:
-    from revwire.branch import Cut
     from revwire.plan import Mode, Plan, Step
     from revwire.probe import Probe
 
@@ -74,6 +74,33 @@ class Dials:
         if self.transitions == "checkpoint":
             plan = find_transitions(plan, found)
         return _sliced(plan, chunks, found)
+
+
+def check_dials(plan: Plan, found: Probe) -> None:
+    """Prove again for this model what a plan that was made elsewhere takes for granted.
+
+    Raises:
+        RewireError: a branch cannot be cut as planned, or there is no module to run again.
+    """
+    residuals = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks)}
+    proven = set[tuple[Any, ...]]()
+    for step in plan.steps:
+        if step.slices == 1:
+            continue
+        residual = residuals[step.module, step.residual]
+        residual = residual.with_post(step.post) or residual
+        cut = Cut(step.slice_dim, step.slices, step.sliced_sides)
+        kind = (*kind_of(residual), cut)
+        if kind not in proven and (why_not := refusal_of(residual, cut)) is not None:
+            raise RewireError(f"the plan runs {step.name} in slices, and here {why_not}; plan again")
+        proven.add(kind)
+    modules = {name for name, _ in found.model.named_modules()}
+    planned = {step.module for step in plan.steps}
+    for path in plan.recomputed:
+        if path not in modules or any(name == path or name.startswith(f"{path}.") for name in planned):
+            raise RewireError(
+                f"the plan does not fit: {path or '(model)'} is no module beside the chains; plan again"
+            )
 
 
 def globs_of(globs: Globs) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from revwire.residual import Residual
 
+_DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
 _TOLERANCE = 3e-5
 """Relative to the largest value, in float32: kernels of another size add up in another order."""
 
@@ -32,18 +33,31 @@ def cut_of(residual: Residual, slices: int) -> Cut | str:
     Runs copies of what the branch calls on noise of the shapes that the planning run saw, three times for each
     dimension tried; nothing of the model changes.
     """
+    if (why_not := _refused(residual)) is not None:
+        return why_not
+    trial = _Trial(residual)
+    for dim in _dimensions(trial.shape):
+        for sides in trial.ways(dim):
+            if trial.agrees(dim, sides):
+                return Cut(dim, slices, sides)
+    return _DIFFERS
+
+
+def refusal_of(residual: Residual, cut: Cut) -> str | None:
+    """Why a residual's branch cannot be cut in one given way, None if it can: for plans that were made elsewhere."""
+    if (why_not := _refused(residual)) is not None:
+        return why_not
+    trial = _Trial(residual)
+    if not 0 <= cut.dim < len(trial.shape) or len(cut.sides) != len(residual.sides):
+        return "the plan cuts it along a dimension, or with side inputs, that it has not"
+    return None if trial.agrees(cut.dim, cut.sides) else _DIFFERS
+
+
+def _refused(residual: Residual) -> str | None:
     if residual.shared:
         return "its branch hands out inner values that other code reads"
     code = step_code(residual)
-    module = residual.frame.module
-    called = [module.get_submodule(path) for path in code.modules]
-    if (mixing := _mixes(called, code)) is not None:
-        return mixing
-    trial = _Trial(residual, code)
-    for dim in _dimensions(trial.shape):
-        if (sides := trial.cuts(dim)) is not None:
-            return Cut(dim, slices, sides)
-    return "its slices do not come out as they do in the whole: samples mix, or their number is built in"
+    return _mixes([residual.frame.module.get_submodule(path) for path in code.modules], code)
 
 
 def kind_of(residual: Residual) -> tuple[Any, ...]:
@@ -88,8 +102,8 @@ def _dimensions(shape: Sequence[int]) -> list[int]:
 class _Trial:
     """A branch on noise."""
 
-    def __init__(self, residual: Residual, code: StepCode) -> None:
-        self._code = code
+    def __init__(self, residual: Residual) -> None:
+        self._code = step_code(residual)
         self._module = _with_weights(copy.deepcopy(residual.frame.module)).float().eval()
         # a layer scale of zero would agree with anything
         make_branches_count(self._module)
@@ -97,32 +111,32 @@ class _Trial:
         self._sides = [n.meta["value"] for n in residual.sides]
         self.shape = tuple(residual.skip.meta["value"].shape)
 
-    def cuts(self, dim: int) -> tuple[bool, ...] | None:
-        """Which side inputs are cut with the trunk, if it may be cut along `dim`; None if it may not."""
+    def ways(self, dim: int) -> list[tuple[bool, ...]]:
+        """Which side inputs may be cut with the trunk: none of them, or all that have as many samples."""
+        length = self.shape[dim]
+        whole = tuple(False for _ in self._sides)
+        along = tuple(
+            isinstance(s, Tensor) and s.ndim > 0 and len(s) == length > 1 and dim == 0 for s in self._sides
+        )
+        return list(dict.fromkeys((whole, along)))
+
+    def agrees(self, dim: int, cut: tuple[bool, ...]) -> bool:
+        """Whether slices along a dimension, of these side inputs too, come out as they do in the whole."""
         shape = list(self.shape)
         if shape[dim] == 1:
             if dim:
-                return None
+                return False
             shape[0] = 2  # one sample says nothing of how several are treated
-        length = shape[dim]
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(shape, generator=generator).to(self._device)
         sides = [_noise(side, generator, self._device) for side in self._sides]
-        whole = tuple(False for _ in sides)
-        along = tuple(isinstance(s, Tensor) and s.ndim > 0 and len(s) == length > 1 for s in sides)
-        for cut in dict.fromkeys((whole, along) if dim == 0 else (whole,)):
-            if self._agrees(x, sides, cut, dim):
-                return cut
-        return None
-
-    def _agrees(self, x: Tensor, sides: list[Any], cut: tuple[bool, ...], dim: int) -> bool:
         try:
             with torch.no_grad():
                 wanted = self._run(x, sides)
                 if wanted.shape != x.shape:
                     return False
+                # uneven on purpose: windows that happen to fit into halves would pass for independent
                 for start, length in ((0, 1), (1, x.shape[dim] - 1)):
-                    # uneven on purpose: windows that happen to fit into halves would pass for independent
                     part = x.narrow(dim, start, length)
                     own = [s.narrow(0, start, length) if c else s for s, c in zip(sides, cut, strict=True)]
                     found, expected = self._run(part, own), wanted.narrow(dim, start, length)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from revwire import timm_models
 from revwire.branch import Cut
-from revwire.dials import Globs, globs_of
+from revwire.dials import Globs, check_dials, globs_of
 from revwire.errors import RewireError
 from revwire.fixed import Exact, Grid
 from revwire.frame import TraceFailure
@@ -176,6 +176,7 @@ def fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
                 f"the plan does not fit {fresh.model}: it has no residual {step.name}; "
                 "plan again with revwire.plan(model)"
             )
+    check_dials(wanted, found)
     if wanted.coupling != fresh.coupling:
         raise RewireError(
             f"the plan was made for coupling {wanted.coupling!r}, not {fresh.coupling!r}; "

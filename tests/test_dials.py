@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm
@@ -305,6 +306,27 @@ def test_a_plan_keeps_its_dials():
     assert "run again in backward from their input: stem, down, norm" in text
     model = revwire.rewire(net(), x, plan=plan)
     assert_same(results(kept(model), x), results(model, x), tolerance=1e-9)
+
+
+def test_a_plan_from_elsewhere_is_proven_again():
+    class Net(nn.Module):
+        def __init__(self, mixes):
+            super().__init__()
+            self.layers, self.mixes = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)), mixes
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x - x.mean(0) if self.mixes else x)
+            return x
+
+    x = torch.randn(4, 3, WIDTH)
+    plan = revwire.plan(Net(mixes=False), x, chunks=2)
+    revwire.rewire(Net(mixes=False), x, plan=plan)
+    with pytest.raises(RewireError, match="in slices, and here its slices do not come out"):
+        revwire.rewire(Net(mixes=True), x, plan=plan)
+    for recomputed in (("nowhere",), ("layers",), ("",)):
+        with pytest.raises(RewireError, match="no module beside the chains"):
+            revwire.rewire(Net(mixes=False), x, plan=replace(plan, recomputed=recomputed))
 
 
 def test_verify_takes_a_model_with_dials():

@@ -20,7 +20,12 @@ from revwire.memory.strategies import STRATEGIES, treated
 
 SMALL = {
     "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 2},
-    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 24, "window_size": 7, "depths": (2, 2, 2, 2)},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 56,
+        "embed_dim": 24,
+        "window_size": 7,
+        "depths": (2, 2, 2, 2),
+    },
     "resnet50": {"layers": (3, 3, 1, 1)},
     "convnext_atto": {"depths": (2, 2, 2, 2)},
 }
