@@ -20,13 +20,12 @@ import timm
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
 
 from benchmarks import record
-from benchmarks.report import METHOD, document, save, table
+from benchmarks.report import METHOD, document, progress_bar, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
 from revwire.errors import RevwireError
 from revwire.memory.strategies import STRATEGIES
@@ -52,7 +51,13 @@ class Amp(str, Enum):
 
 
 def timm_case(
-    spec: str, *, batch: int = 4, size: int | None = None, device: str = "cpu", seed: int = 0
+    spec: str,
+    *,
+    batch: int = 4,
+    size: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    model_args: dict[str, Any] | None = None,
 ) -> Case:
     """A timm model with random weights, random images and random labels.
 
@@ -62,9 +67,10 @@ def timm_case(
         size: Height and width of the images; the model's own if not given.
         device: Where to run.
         seed: Seed of weights, images and labels.
+        model_args: Further arguments of `timm.create_model`, `{"depth": 48}`.
 
     Raises:
-        RevwireError: timm has no such model, or the batch size is no number.
+        RevwireError: timm has no such model or refuses the arguments, or the batch size is no number.
     """
     name, _, own_batch = spec.partition("@")
     if own_batch and not (own_batch.isdecimal() and int(own_batch)):
@@ -73,7 +79,7 @@ def timm_case(
     torch.manual_seed(seed)
     config = timm.get_pretrained_cfg(name)
     resized = {"img_size": size} if size and config is not None and config.fixed_input_size else {}
-    model: Any = create(name, resized)
+    model: Any = create(name, resized | (model_args or {}))
     for module in model.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
@@ -131,15 +137,13 @@ def main(
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with bar:
-        task = bar.add_task("", total=steps_to_come(len(cases), len(strategies), rounds))
+    with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
         rows = run(
             cases,
             strategies,
             rounds=rounds,
             autocast=torch.bfloat16 if amp is Amp.bf16 else None,
-            progress=lambda what: bar.update(task, description=what, advance=1),
+            progress=progress,
         )
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from benchmarks.steps import Case, Row
@@ -60,9 +62,24 @@ def compared(row: Row, bases: dict[str, Row]) -> dict[str, Row]:
     return dict(itertools.takewhile(lambda base: base[0] != row.strategy, bases.items()))
 
 
-def table(rows: Sequence[Row]) -> Group:
-    """The rows to print, a table for each case: figures, and what part they are of each baseline's."""
-    return Group(*(_case_table(case, [row for row in rows if row.case == case]) for case in cases_of(rows)))
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal for a run of `total` steps; gives what is to be called before each, with its name."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda what: bar.update(task, description=what, advance=1)
+
+
+def table(rows: Sequence[Row], further: Mapping[str, Mapping[str, str]] | None = None) -> Group:
+    """The rows to print, a table for each case: figures, and what part they are of each baseline's.
+
+    Args:
+        rows: What `run` returned.
+        further: More columns: heading, to cells by strategy.
+    """
+    cases = {case: [row for row in rows if row.case == case] for case in cases_of(rows)}
+    return Group(*(_case_table(case, mine, further or {}) for case, mine in cases.items()))
 
 
 def cases_of(rows: Sequence[Row]) -> list[str]:
@@ -70,7 +87,7 @@ def cases_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.case for row in rows))
 
 
-def _case_table(case: str, rows: Sequence[Row]) -> Table:
+def _case_table(case: str, rows: Sequence[Row], further: Mapping[str, Mapping[str, str]]) -> Table:
     bases = baselines(rows, case)
     result = Table(title=escape(case), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     result.add_column("strategy", no_wrap=True)
@@ -78,8 +95,11 @@ def _case_table(case: str, rows: Sequence[Row]) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
         for name in bases:
             result.add_column(BASELINES[name], justify="right", no_wrap=True, style="dim")
+    for heading in further:
+        result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        result.add_row(escape(row.strategy), *([] if row.failure else _cells(row, bases)))
+        last = [cells.get(row.strategy, "") for cells in further.values()]
+        result.add_row(escape(row.strategy), *([] if row.failure else [*_cells(row, bases), *last]))
     if failures := [f"{row.strategy}: {row.failure}" for row in rows if row.failure]:
         result.caption = escape("\n".join(failures))
         result.caption_justify = "left"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.strategies import STRATEGIES
 from revwire.errors import RevwireError
 from revwire.memory.measure import measure_step, time_alternating, training_step
-from revwire.memory.strategies import STRATEGIES, treated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
+    from benchmarks.strategies import Strategy
     from revwire.memory.measure import Loss, StepMemory, Timing
 
 
@@ -54,29 +56,41 @@ class Row:
 
 def run(
     cases: Iterable[Case],
-    strategies: Sequence[str] = tuple(STRATEGIES),
+    strategies: Sequence[str] | Mapping[str, Strategy] = tuple(STRATEGIES),
     *,
     rounds: int = 5,
     autocast: torch.dtype | None = None,
+    reported: tuple[type[Exception], ...] = (RevwireError,),
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Measure every strategy on every case.
 
     Args:
         cases: What to measure.
-        strategies: Names in `STRATEGIES`, in the order of the rows.
+        strategies: Names in `STRATEGIES`, in the order of the rows; or other strategies, by name.
         rounds: Timed steps of each strategy; 0 leaves the clock out.
         autocast: Run forwards under autocast to this dtype.
+        reported: Exceptions that become a row's failure; any other ends the run.
         progress: Called before each step, with what is about to run.
 
     Returns:
         A row for each strategy of each case. A strategy that cannot treat a model, or runs out of GPU memory,
         has a row that says so.
     """
+    if not isinstance(strategies, Mapping):
+        strategies = {name: STRATEGIES[name] for name in strategies}
     rows: list[Row] = []
     for case in cases:
-        rows += _run_case(case, strategies, rounds, autocast, progress)
+        rows += _run_case(case, strategies, rounds, autocast, reported, progress)
     return rows
+
+
+def failure_of(error: Exception) -> str:
+    """What a row says of an error: our own messages as they are, others' in one line, with their type."""
+    if isinstance(error, RevwireError):
+        return str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def steps_to_come(cases: int, strategies: int, rounds: int) -> int:
@@ -86,28 +100,29 @@ def steps_to_come(cases: int, strategies: int, rounds: int) -> int:
 
 def _run_case(
     case: Case,
-    strategies: Sequence[str],
+    strategies: Mapping[str, Strategy],
     rounds: int,
     autocast: torch.dtype | None,
+    reported: tuple[type[Exception], ...],
     progress: Callable[[str], None],
 ) -> list[Row]:
     model = case.factory()
     memory: dict[str, StepMemory] = {}
     steps: dict[str, Callable[[], None]] = {}
     failures: dict[str, str] = {}
-    for name in strategies:
+    for name, strategy in strategies.items():
         progress(f"{case.name} {name}: bytes")
         try:
-            ready = treated(copy.deepcopy(model), case.inputs, name)
-            step = training_step(ready, case.inputs, case.loss_fn, autocast=autocast)
+            treated = strategy(copy.deepcopy(model), case.inputs)
+            step = training_step(treated, case.inputs, case.loss_fn, autocast=autocast)
             step()
-            memory[name] = measure_step(ready, case.inputs, case.loss_fn, autocast=autocast)
-        except RevwireError as error:
-            failures[name] = str(error)
+            memory[name] = measure_step(treated, case.inputs, case.loss_fn, autocast=autocast)
         except torch.OutOfMemoryError:
             failures[name] = "out of GPU memory"
+        except reported as error:
+            failures[name] = failure_of(error)
         else:
-            ready.zero_grad(set_to_none=True)
+            treated.zero_grad(set_to_none=True)
             steps[name] = step
     timings: dict[str, Timing] = {}
     if rounds and steps:
