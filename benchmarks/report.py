@@ -154,11 +154,17 @@ def _entry(row: Row, bases: dict[str, Row]) -> dict[str, Any]:
 
 def save(document: dict[str, Any], rows: Sequence[Row], stem: Path) -> tuple[Path, Path]:
     """Write `stem.json` and `stem.png`; returns both paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    text, picture = stem.with_suffix(".json"), stem.with_suffix(".png")
-    text.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    text, picture = write(document, stem), stem.with_suffix(".png")
     plot(rows, record.in_one_line(document), picture)
     return text, picture
+
+
+def write(document: dict[str, Any], stem: Path) -> Path:
+    """Write `stem.json`, and make its folder; returns its path."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    text = stem.with_suffix(".json")
+    text.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return text
 
 
 def plot(rows: Sequence[Row], caption: str, path: Path) -> None:
