@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks import record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from benchmarks.steps import Case, Row
@@ -71,15 +71,9 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda what: bar.update(task, description=what, advance=1)
 
 
-def table(rows: Sequence[Row], further: Mapping[str, Mapping[str, str]] | None = None) -> Group:
-    """The rows to print, a table for each case: figures, and what part they are of each baseline's.
-
-    Args:
-        rows: What `run` returned.
-        further: More columns: heading, to cells by strategy.
-    """
-    cases = {case: [row for row in rows if row.case == case] for case in cases_of(rows)}
-    return Group(*(_case_table(case, mine, further or {}) for case, mine in cases.items()))
+def table(rows: Sequence[Row]) -> Group:
+    """The rows to print, a table for each case: figures, and what part they are of each baseline's."""
+    return Group(*(_case_table(case, [row for row in rows if row.case == case]) for case in cases_of(rows)))
 
 
 def cases_of(rows: Sequence[Row]) -> list[str]:
@@ -87,7 +81,7 @@ def cases_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.case for row in rows))
 
 
-def _case_table(case: str, rows: Sequence[Row], further: Mapping[str, Mapping[str, str]]) -> Table:
+def _case_table(case: str, rows: Sequence[Row]) -> Table:
     bases = baselines(rows, case)
     result = Table(title=escape(case), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     result.add_column("strategy", no_wrap=True)
@@ -95,11 +89,8 @@ def _case_table(case: str, rows: Sequence[Row], further: Mapping[str, Mapping[st
         result.add_column(heading, justify="right", no_wrap=True)
         for name in bases:
             result.add_column(BASELINES[name], justify="right", no_wrap=True, style="dim")
-    for heading in further:
-        result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        last = [cells.get(row.strategy, "") for cells in further.values()]
-        result.add_row(escape(row.strategy), *([] if row.failure else [*_cells(row, bases), *last]))
+        result.add_row(escape(row.strategy), *([] if row.failure else _cells(row, bases)))
     if failures := [f"{row.strategy}: {row.failure}" for row in rows if row.failure]:
         result.caption = escape("\n".join(failures))
         result.caption_justify = "left"
