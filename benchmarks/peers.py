@@ -1,6 +1,6 @@
 """The same residual branches through revwire and through other packages for reversible networks, side by side.
 
-    pip install --no-deps memcnn==1.5.2 RevTorch==0.2.4 revlib==1.7.2 momentumnet==0.10
+    pip install -e '.[bench,peers]'    # or any of the four packages in the versions named there; --no-deps will do
     python -m benchmarks.peers --help
 
 The work is the same everywhere: a stack of branches F_0, F_1, ..., by turns `LayerNorm, attention` and `LayerNorm,
