@@ -27,7 +27,7 @@ from benchmarks import record
 from benchmarks.memory import Amp, timm_case
 from benchmarks.report import METHOD, document, progress_bar, table, write
 from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES
+from benchmarks.strategies import worth_measuring
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
@@ -163,10 +163,9 @@ def main(
         cases = [depth_case(d, model, batch=batch, size=size, device=device, seed=seed) for d in depths]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    with progress_bar(steps_to_come(len(cases), len(STRATEGIES), rounds)) as progress:
-        rows = run(
-            cases, rounds=rounds, autocast=torch.bfloat16 if amp is Amp.bf16 else None, progress=progress
-        )
+    strategies, dtype = worth_measuring(device), torch.bfloat16 if amp is Amp.bf16 else None
+    with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
+        rows = run(cases, strategies, rounds=rounds, autocast=dtype, progress=progress)
     blocks = {case.name: case.about["blocks"] for case in cases}
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.depth", settings)

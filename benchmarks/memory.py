@@ -20,6 +20,7 @@ import timm
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
@@ -27,8 +28,10 @@ from torch.nn import functional
 from benchmarks import record
 from benchmarks.report import METHOD, document, progress_bar, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
+from benchmarks.strategies import STRATEGIES, worth_measuring
 from revwire.errors import RevwireError
-from revwire.memory.strategies import STRATEGIES
+from revwire.memory.estimate import estimate
+from revwire.memory.strategies import STRATEGIES as ESTIMATED
 from revwire.timm_models import create
 
 __all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]
@@ -100,6 +103,43 @@ def timm_case(
     )
 
 
+def against_estimates(case: Case, rows: list[Row], autocast: torch.dtype | None) -> list[dict[str, Any]]:
+    """The peak of each way that was measured beside what `revwire.estimate` says of it."""
+    measured = {row.strategy: row.memory for row in rows if row.case == case.name and row.memory}
+    names = [name for name in measured if name in ESTIMATED]
+    found = estimate(
+        case.factory(),
+        case.inputs,
+        strategies=names,
+        optimizer=None,
+        loss_fn=case.loss_fn,
+        autocast=autocast,
+    )
+    return [
+        {
+            "case": case.name,
+            "strategy": row.strategy,
+            "peak_bytes": measured[row.strategy].peak,
+            "estimated_bytes": row.activations,
+            "ratio": row.activations / measured[row.strategy].peak,
+        }
+        for row in found.rows
+    ]
+
+
+def table_of_estimates(found: list[dict[str, Any]]) -> Table:
+    """Measured and estimated peaks to print."""
+    shown = Table(title="peak, measured and estimated", title_justify="left")
+    for heading in ("model", "strategy"):
+        shown.add_column(heading)
+    for heading in ("measured MiB", "estimated MiB", "ratio"):
+        shown.add_column(heading, justify="right")
+    for row in found:
+        sizes = (f"{row[key] / 2**20:.1f}" for key in ("peak_bytes", "estimated_bytes"))
+        shown.add_row(row["case"], row["strategy"], *sizes, f"{row['ratio']:.3f}")
+    return shown
+
+
 def main(
     model: Annotated[
         list[str] | None,
@@ -115,6 +155,9 @@ def main(
         typer.Option("--strategy", "-s", help=f"One of {', '.join(STRATEGIES)}; repeat; all if not given."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, images and labels.")] = 0,
+    estimated: Annotated[
+        bool, typer.Option("--estimate", help="Estimate the peaks too, and compare with what was measured.")
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
     ] = record.RESULTS,
@@ -129,7 +172,7 @@ def main(
     Only two ways: python -m benchmarks.memory -s checkpoint -s rewired -m resnet50@8
     """
     console = Console()
-    strategies = strategy or list(STRATEGIES)
+    strategies = strategy or worth_measuring(device)
     if unknown := [s for s in strategies if s not in STRATEGIES]:
         message = f"{unknown[0]!r} is not one of {', '.join(STRATEGIES)}"
         raise typer.BadParameter(message, param_hint="--strategy")
@@ -137,16 +180,15 @@ def main(
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
+    dtype = torch.bfloat16 if amp is Amp.bf16 else None
     with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
-        rows = run(
-            cases,
-            strategies,
-            rounds=rounds,
-            autocast=torch.bfloat16 if amp is Amp.bf16 else None,
-            progress=progress,
-        )
+        rows = run(cases, strategies, rounds=rounds, autocast=dtype, progress=progress)
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)
+    if estimated:
+        with console.status("estimating"):
+            written["estimates"] = [e for case in cases for e in against_estimates(case, rows, dtype)]
+        console.print(table_of_estimates(written["estimates"]))
     console.print(table(rows), record.in_one_line(written), METHOD, sep="\n")
     stem = out / (name or f"memory-{torch.device(device).type}-{amp.value}")
     console.print("written:", *save(written, rows, stem))

@@ -31,6 +31,11 @@ def _on_gpu(model: nn.Module) -> bool:
     return any(p.is_cuda for p in model.parameters())
 
 
+def worth_measuring(device: str) -> list[str]:
+    """The strategies that say something on a kind of device: a CPU has no other memory to move tensors to."""
+    return [name for name in STRATEGIES if name != "offload" or not device.startswith("cpu")]
+
+
 STRATEGIES: dict[str, Strategy] = {
     **{name: partial(treated, strategy=name) for name in ESTIMATED},
     "offload": offloaded,

@@ -17,7 +17,9 @@ BLOCKS = {"two": 2, "four": 4, "nine": 9}
 
 def made(strategy, held, peak):
     memories = (StepMemory(h, p, "live tensors") for h, p in zip(held, peak, strict=True))
-    return [Row(case, strategy, memory, Timing((1.0, 2.0))) for case, memory in zip(BLOCKS, memories, strict=True)]
+    return [
+        Row(case, strategy, memory, Timing((1.0, 2.0))) for case, memory in zip(BLOCKS, memories, strict=True)
+    ]
 
 
 def test_slopes_are_those_computed_by_hand():
@@ -31,7 +33,10 @@ def test_slopes_are_those_computed_by_hand():
 
 
 def test_a_strategy_measured_at_one_depth_has_no_slope():
-    rows = [Row("two", "plain", StepMemory(1, 2, "live tensors")), Row("four", "plain", failure="out of GPU memory")]
+    rows = [
+        Row("two", "plain", StepMemory(1, 2, "live tensors")),
+        Row("four", "plain", failure="out of GPU memory"),
+    ]
     assert depth.slopes(rows, BLOCKS) == {}
 
 
@@ -43,7 +48,11 @@ def test_the_order_of_the_rows_does_not_matter():
 def test_the_table_of_slopes_to_the_character():
     console = Console(width=60, no_color=True)
     with console.capture() as captured:
-        console.print(depth.slope_table({"plain": {"held": 9876543.4, "peak": 1e7}, "rewired": {"held": 0.0, "peak": 0.0}}))
+        console.print(
+            depth.slope_table(
+                {"plain": {"held": 9876543.4, "peak": 1e7}, "rewired": {"held": 0.0, "peak": 0.0}}
+            )
+        )
     printed = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
     assert printed == [
         "bytes per block",
@@ -55,7 +64,10 @@ def test_the_table_of_slopes_to_the_character():
 
 
 def test_a_picture_of_rows_of_which_some_failed(tmp_path):
-    rows = [*made("plain", (10, 20, 60), (100, 110, 135))[:2], Row("nine", "plain", failure="out of GPU memory")]
+    rows = [
+        *made("plain", (10, 20, 60), (100, 110, 135))[:2],
+        Row("nine", "plain", failure="out of GPU memory"),
+    ]
     rows += [Row(case, "rewired", failure="no blocks") for case in BLOCKS]
     depth.plot(rows, BLOCKS, "caption", tmp_path / "depth.png")
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")

@@ -76,14 +76,23 @@ def fake_revtorch(monkeypatch):
 
 
 def fake_revlib(monkeypatch):
-    pretend(monkeypatch, "revlib", ReversibleSequential=lambda *branches, split_dim: Joined(branches, split_dim))
+    pretend(
+        monkeypatch, "revlib", ReversibleSequential=lambda *branches, split_dim: Joined(branches, split_dim)
+    )
 
 
 def fake_momentumnet(monkeypatch):
-    pretend(monkeypatch, "momentumnet", MomentumNet=lambda functions, gamma, use_backprop: Momentum(functions))
+    pretend(
+        monkeypatch, "momentumnet", MomentumNet=lambda functions, gamma, use_backprop: Momentum(functions)
+    )
 
 
-FAKES = {"memcnn": fake_memcnn, "RevTorch": fake_revtorch, "revlib": fake_revlib, "momentumnet": fake_momentumnet}
+FAKES = {
+    "memcnn": fake_memcnn,
+    "RevTorch": fake_revtorch,
+    "revlib": fake_revlib,
+    "momentumnet": fake_momentumnet,
+}
 
 
 def test_a_missing_peer_is_a_row_with_its_error():
@@ -147,7 +156,10 @@ def test_missing_gradients_are_seen():
 
 
 def test_off_against_a_hand_computation():
-    found, expected = [torch.tensor([3.0, 0.0]), torch.tensor(2.0)], [torch.tensor([3.0, 4.0]), torch.tensor(0.0)]
+    found, expected = (
+        [torch.tensor([3.0, 0.0]), torch.tensor(2.0)],
+        [torch.tensor([3.0, 4.0]), torch.tensor(0.0)],
+    )
     assert peers._distance(found, expected) == pytest.approx(20**0.5 / 5)
 
 

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from benchmarks import report
 from benchmarks.memory import Case, Row, main, run, table, timm_case
 from benchmarks.steps import steps_to_come
+from benchmarks.strategies import worth_measuring
 from revwire.errors import RevwireError
 from revwire.memory.measure import StepMemory, Timing
-from revwire.memory.strategies import STRATEGIES
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 6, "num_heads": 2, "num_classes": 3}
 
@@ -47,7 +47,7 @@ def rows():
         Case("own", own_model, (torch.randn(8, 16),), loss_fn=torch.sum),
         Case("no blocks", lambda: nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)),
     ]
-    return run(cases, rounds=2)
+    return run(cases, worth_measuring("cpu"), rounds=2)
 
 
 def by_name(rows, case):
@@ -57,7 +57,7 @@ def by_name(rows, case):
 @pytest.mark.parametrize("case", ["vit", "own"])
 def test_every_strategy_is_measured(rows, case):
     found = by_name(rows, case)
-    assert list(found) == list(STRATEGIES)
+    assert list(found) == worth_measuring("cpu")
     assert all(len(row.timing.seconds) == 2 for row in found.values())
     held = {name: row.memory.held for name, row in found.items()}
     assert held["rewired"] < held["checkpoint"] < held["plain"]
