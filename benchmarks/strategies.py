@@ -1,4 +1,4 @@
-"""The ways of doing a training step that are measured: those that revwire estimates, and one that moves tensors away."""
+"""The ways of doing a training step that are measured: those that revwire estimates, and one that moves tensors."""
 
 from __future__ import annotations
 

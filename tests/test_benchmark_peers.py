@@ -60,7 +60,7 @@ def fake_memcnn(monkeypatch):
     pretend(
         monkeypatch,
         "memcnn",
-        AdditiveCoupling=lambda Fm, Gm, split_dim: Joined([Fm, Gm], split_dim),
+        AdditiveCoupling=lambda Fm, Gm, split_dim: Joined([Fm, Gm], split_dim),  # noqa: N803 - their names
         InvertibleModuleWrapper=lambda fn, keep_input, keep_input_inverse: fn,
     )
 
@@ -98,9 +98,9 @@ FAKES = {
 def test_a_missing_peer_is_a_row_with_its_error():
     rows, found = measured(WAYS)
     assert list(rows) == list(WAYS)
-    for name in PACKAGES:
+    for name, package in PACKAGES.items():
         assert rows[name].failure.startswith("ModuleNotFoundError: ")
-        assert PACKAGES[name] in rows[name].failure
+        assert package in rows[name].failure
         assert rows[name].memory is rows[name].timing is None
     assert list(found) == ["plain", "checkpoint", "revwire"]
     assert found["plain"].gradient == found["checkpoint"].gradient == 0
