@@ -65,10 +65,10 @@ class Way:
 
 
 _DR2NET = "dr2net(alpha=0.875,beta=0.125)"
-_COUPLINGS = ("re2tal", _DR2NET, "momentum(gamma=0.5)", "bdia(gamma=0.5)")
+COUPLINGS = ("re2tal", _DR2NET, "momentum(gamma=0.5)", "bdia(gamma=0.5)")
 WAYS = (
     Way("plain"),
-    *(Way(f"{c}, {'exact' if e else 'float'}", c, e) for c in _COUPLINGS for e in (False, True)),
+    *(Way(f"{c}, {'exact' if e else 'float'}", c, e) for c in COUPLINGS for e in (False, True)),
     *(Way(f"dr2net scheduled to {end}, exact", _DR2NET, True, end) for end in ((0.5, 0.5), (0.0, 1.0))),
     Way("from scratch", scratch=True),
 )

@@ -22,7 +22,7 @@ class Dr2NetSchedule:
     scheduler; a forward in flight keeps the coefficients that it started with.
 
     The dynamic finetuning of Dr2Net (Zhao et al., CVPR 2024, arXiv 2401.04105). The paper's own values and pace could
-    not be had; the default end was chosen on one seed of `benchmarks/finetune.py`, where (0, 1) cost accuracy.
+    not be had; the default end was chosen by `benchmarks/finetune.py` (five seeds), where (0, 1) cost accuracy.
 
     Args:
         model: A model rewired with `coupling="dr2net"` (best with `exact=True`, as a small beta amplifies rounding).
