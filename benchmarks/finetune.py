@@ -183,18 +183,25 @@ def plot(document: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(document["runs"]), figsize=(13, 5), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(document["runs"]), figsize=(14, 5), squeeze=False, layout="constrained"
+    )
+    colours: dict[str, str] = {"plain": "black", "from scratch": "gray"}
     for axis, model in zip(axes[0], document["runs"], strict=True):
         for name, runs in by_way(document, model).items():
             points = [mean_and_spread(runs, epoch) for epoch in SHOWN]
-            style = ":" if name.endswith("float") else "-"
-            axis.errorbar(
-                SHOWN, [m for m, _ in points], [s for _, s in points], fmt=style, capsize=2, label=name
-            )
-        axis.set(title=model, xlabel="epochs of fine-tuning", ylabel="test accuracy, %", ylim=(75, 100))
+            # float and exact streams of a coupling share its colour
+            kind = name.removesuffix(", float").removesuffix(", exact")
+            look: dict[str, Any] = {
+                "fmt": ":" if name.endswith("float") else "-",
+                "capsize": 2,
+                "label": name,
+            }
+            look["color"] = colours.setdefault(kind, f"C{len(colours) - 2}")
+            axis.errorbar(SHOWN, [m for m, _ in points], [s for _, s in points], **look)
+        axis.set(title=model, xlabel="epochs of fine-tuning", ylabel="test accuracy, %", ylim=(88, 100.2))
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=6, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
