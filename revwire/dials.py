@@ -94,10 +94,9 @@ def check_dials(plan: Plan, found: Probe) -> None:
         if kind not in proven and (why_not := refusal_of(residual, cut)) is not None:
             raise RewireError(f"the plan runs {step.name} in slices, and here {why_not}; plan again")
         proven.add(kind)
-    modules = {name for name, _ in found.model.named_modules()}
-    planned = {step.module for step in plan.steps}
+    known = find_transitions(plan, found).recomputed if plan.recomputed else ()
     for path in plan.recomputed:
-        if path not in modules or any(name == path or name.startswith(f"{path}.") for name in planned):
+        if path not in known:
             raise RewireError(
                 f"the plan does not fit: {path or '(model)'} is no module beside the chains; plan again"
             )
