@@ -37,7 +37,7 @@ class Cut:
 
     dim: int
     slices: int
-    sides: tuple[bool, ...] = ()
+    sides: tuple[bool, ...]
 
     def of(self, x: Tensor) -> Sequence[Tensor]:
         """The slices of a trunk."""
@@ -45,8 +45,8 @@ class Cut:
 
     def of_sides(self, sides: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """The side inputs of each slice."""
-        cuts = self.sides or (False,) * len(sides)
-        cut = [s.chunk(self.slices) if c else (s,) * self.slices for s, c in zip(sides, cuts, strict=True)]
+        both = zip(sides, self.sides, strict=True)
+        cut = [side.chunk(self.slices) if is_cut else (side,) * self.slices for side, is_cut in both]
         # a size that the number of slices does not go into may make fewer of them
         return list(zip(*cut, strict=False)) if cut else [()] * self.slices
 
@@ -118,7 +118,7 @@ class BranchRun:
         """The branch's output, with grad and with its saved tensors dropped."""
         self._wants_grad, self.strides = x.requires_grad, x.stride()
         self.sides = _without_history(sides)
-        self._side_versions = versions(sides)
+        self._side_versions = _versions(sides)
         version = x._version
 
         def drop(tensor: Tensor) -> Tensor | Ticket:
@@ -183,7 +183,7 @@ class BranchRun:
         return self._run(current, with_grad=False)
 
     def _run(self, current: Tensor, *, with_grad: bool) -> Tensor:
-        if versions(self.sides) != self._side_versions:
+        if _versions(self.sides) != self._side_versions:
             raise ReplayError(
                 f"{self.branch.name}: what the branch reads beside the trunk (a mask, a table) was changed in place "
                 "between forward and backward, so it cannot be run again as it ran; use the out-of-place form"
@@ -223,7 +223,7 @@ def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tree_map(detached, side) for side in sides)
 
 
-def versions(tree: Any) -> list[int]:
+def _versions(tree: Any) -> list[int]:
     """How often each tensor in a structure was changed in place."""
     return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 

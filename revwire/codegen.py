@@ -68,7 +68,7 @@ def step_code(residual: Residual) -> StepCode:
         residual.scale is not None,
         residual.leads,
         post,
-        tuple(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module")),
+        residual.modules,
         tuple(dict.fromkeys(str(n.target) for n in read)),
     )
 

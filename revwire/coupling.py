@@ -123,6 +123,10 @@ class Coupling:
         smallest = min(abs(self.b + root), abs(self.b - root)) / 2
         return max(1.0, 1 / smallest) if self.a and smallest else math.inf
 
+    def error_after(self, steps: int, rounding: float) -> float:
+        """The relative error that a `rounding` grows to on the way back over so many steps, at most 1."""
+        return math.exp(min(0.0, math.log(rounding) + steps * math.log(self.noise)))
+
     def in_mode(self, *, training: bool) -> Coupling:  # noqa: ARG002 - BDIA asks
         """The recurrence that runs in train or in eval mode."""
         return self

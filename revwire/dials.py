@@ -82,13 +82,11 @@ def check_dials(plan: Plan, found: Probe) -> None:
     Raises:
         RewireError: a branch cannot be cut as planned, or there is no module to run again.
     """
-    residuals = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks)}
     proven = set[tuple[Any, ...]]()
     for step in plan.steps:
-        if step.slices == 1:
+        residual = found.residual(step)
+        if step.slices == 1 or residual is None:
             continue
-        residual = residuals[step.module, step.residual]
-        residual = residual.with_post(step.post) or residual
         cut = Cut(step.slice_dim, step.slices, step.sliced_sides)
         kind = (*kind_of(residual), cut)
         if kind not in proven and (why_not := refusal_of(residual, cut)) is not None:
@@ -118,23 +116,16 @@ def _mode(step: Step, first: bool, keep: Sequence[str], anchor: Sequence[str]) -
 
 
 def _sliced(plan: Plan, chunks: Mapping[str, int], found: Probe) -> Plan:
-    wanted = {
-        id(step): max(n for g, n in chunks.items() if _matches(step, g))
-        for step in plan.steps
-        if any(_matches(step, g) for g in chunks)
-    }
-    if all(n == 1 for n in wanted.values()):
+    if not plan.chains or all(n == 1 for n in chunks.values()):
         return plan
-    residuals = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks)}
     tried: dict[tuple[Any, ...], Cut | str] = {}
     unsliced: list[Skipped] = []
 
     def cut(step: Step) -> Step:
-        slices = wanted.get(id(step), 1)
-        if slices == 1:
+        slices = max((n for glob, n in chunks.items() if _matches(step, glob)), default=1)
+        residual = found.residual(step)
+        if slices == 1 or residual is None:
             return step
-        residual = residuals[step.module, step.residual]
-        residual = residual.with_post(step.post) or residual
         kind = (*kind_of(residual), slices)
         if kind not in tried:
             tried[kind] = cut_of(residual, slices)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from revwire.structure import is_object
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from revwire._torch import TreeSpec
 
@@ -130,6 +130,14 @@ class Frame:
     inlined: dict[str, Inlined] = field(default_factory=dict)
     parent: Frame | None = None
     caller: fx.Node | None = None
+
+    @property
+    def callers(self) -> Iterator[fx.Node]:
+        """The nodes of the calls that this one runs in, the nearest first."""
+        around: Frame | None = self
+        while around is not None and around.caller is not None:
+            yield around.caller
+            around = around.parent
 
     def label(self, node: fx.Node) -> str:
         """What the author of the frame calls a node: the argument's name, or the node's own."""

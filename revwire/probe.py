@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,6 @@ class Probe:
         model: The model that ran.
         frames: Every module call, in running order.
         residuals: All residual additions, in running order; a module called twice has each twice.
-        blocks: Children of `nn.Sequential`s that can be steps of a coupling with b != 0, in running order.
         notes: Sums that look like residuals and are none: (module path, reason).
         origins: Which tensor each rearranged tensor came from.
     """
@@ -51,7 +51,32 @@ class Probe:
     residuals: tuple[Residual, ...]
     notes: tuple[tuple[str, str], ...]
     origins: dict[Identity, Identity]
-    blocks: tuple[Residual, ...] = ()
+
+    @cached_property
+    def blocks(self) -> tuple[Residual, ...]:
+        """Children of `nn.Sequential`s that can be steps of a coupling with b != 0, in running order."""
+        return tuple(block for f in self.frames if f.graph is not None for block in find_blocks(f))
+
+    @cached_property
+    def _additions(self) -> dict[tuple[str, int], Residual]:
+        return {_key(r): r for r in self.residuals if not r.refused}
+
+    @cached_property
+    def _whole(self) -> dict[tuple[str, int], Residual]:
+        return {_key(r): r for r in self.blocks if not r.refused}
+
+    def residual(self, step: Step) -> Residual | None:
+        """What a planned step runs, with what moves into its branch; None if this model has no such residual."""
+        found = (self._whole if step.block else self._additions).get((step.module, step.residual))
+        return None if found is None else found.with_post(step.post) or found
+
+
+def sources(value: Identity, origins: dict[Identity, Identity]) -> Iterator[Identity]:
+    """A value, and those that it is a rearrangement of, the nearest first."""
+    at: Identity | None = value
+    while at is not None:
+        yield at
+        at = origins.get(at)
 
 
 def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
@@ -81,18 +106,15 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         for module in training:
             module.training = True
     residuals: list[Residual] = []
-    blocks: list[Residual] = []
     notes: list[tuple[str, str]] = []
     for frame in recorder.frames:
         if frame.graph is not None:
             found, reasons = find_residuals(frame)
             residuals.extend(found)
-            blocks.extend(find_blocks(frame))
             notes.extend((frame.path, reason) for reason in reasons)
     residuals.sort(key=lambda r: r.total.meta["order"])
     residuals = _with_norms(residuals, recorder.origins)
-    frames = tuple(recorder.frames)
-    return Probe(model, frames, tuple(residuals), tuple(notes), recorder.origins, tuple(blocks))
+    return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins)
 
 
 def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) -> list[Residual]:
@@ -100,12 +122,7 @@ def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) ->
 
     The last block of a kind goes with the others: what its norm feeds is no residual's trunk.
     """
-    entered: set[Identity] = set()
-    for residual in residuals:
-        at: Identity | None = residual.entering
-        while at is not None:
-            entered.add(at)
-            at = origins.get(at)
+    entered = {at for residual in residuals for at in sources(residual.entering, origins)}
     moved: dict[tuple[type, int], str | None] = {}
     for residual in residuals:
         if residual.leaving not in entered:
@@ -153,7 +170,7 @@ def make_plan(
             reasons[_key(residual)] = reason
         else:
             eligible.append(residual)
-    if blocks and (whole := _blocks(found, eligible, include, exclude)):
+    if blocks and found.blocks and (whole := _blocks(found, eligible, include, exclude)):
         eligible = sorted((*eligible, *whole), key=lambda r: r.total.meta["order"])
     chains = _chains(found, eligible, reasons)
     planned = {_key(r) for chain in chains for r in chain}
@@ -181,7 +198,7 @@ def _blocks(
     chained = [r for chain in _chains(found, eligible, {}) for r in chain]
     # a block that is one residual addition from end to end is better off as that: no G(x) - x cancels in it
     same = {(r.entering, r.leaving) for r in eligible}
-    held = {id(caller) for r in chained for caller in _callers(r.frame)}
+    held = {id(caller) for r in chained for caller in r.frame.callers}
     return [
         block
         for block in found.blocks
@@ -190,14 +207,6 @@ def _blocks(
         and not held.intersection(map(id, block.inside))
         and (block.entering, block.leaving) not in same
     ]
-
-
-def _callers(frame: Frame) -> Iterator[fx.Node]:
-    """The nodes whose call a frame runs in, the nearest first."""
-    around: Frame | None = frame
-    while around is not None and around.caller is not None:
-        yield around.caller
-        around = around.parent
 
 
 def _chains(
@@ -279,9 +288,7 @@ def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:
     chains: list[list[Residual]] = []
     open_ends: dict[Identity, list[Residual]] = {}
     for residual in residuals:
-        at: Identity | None = residual.entering
-        while at is not None and at not in open_ends:
-            at = found.origins.get(at)
+        at = next((a for a in sources(residual.entering, found.origins) if a in open_ends), None)
         if at is None:
             chains.append(chain := [])
         else:
@@ -294,7 +301,7 @@ def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:
 def _enclosing(residual: Residual, holders: dict[fx.Node, Residual]) -> Residual | None:
     """The outermost residual whose branch runs `residual`, of those whose branches `holders` maps the nodes of."""
     outermost = None if residual.block else holders.get(residual.total)
-    for caller in _callers(residual.frame):
+    for caller in residual.frame.callers:
         outermost = holders.get(caller, outermost)
     return outermost
 

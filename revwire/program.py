@@ -20,7 +20,7 @@ from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, or
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
 from revwire.slicing import mixes_now
-from revwire.streams import Streams, as_tensor, settle
+from revwire.streams import Streams, as_tensor, is_streams, settle
 from revwire.structure import is_object, tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Program:
     @not_compiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward, rewired."""
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_streams)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
         inputs = [leaf for leaf in leaves if _is_tensor(leaf) or is_object(leaf)]
         for variant in self._variants:
             if variant.fits(module, leaves, spec):
@@ -268,10 +268,6 @@ def _cut_now(
     return None if mixes_now(modules) else cut
 
 
-def _is_streams(value: object) -> bool:
-    return isinstance(value, Streams)
-
-
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor | Streams)
 
@@ -295,7 +291,7 @@ def _properties(key: str, leaves: list[Any]) -> tuple[Any, ...]:
 
 def _trunk_only(tree: Any) -> Any:
     """Arguments with one tensor in place of a `Streams`, without making the merged one."""
-    leaves, spec = tree_flatten(tree, is_leaf=_is_streams)
+    leaves, spec = tree_flatten(tree, is_leaf=is_streams)
     return tree_unflatten(
-        [leaf.current.detach().to(leaf.dtype) if _is_streams(leaf) else leaf for leaf in leaves], spec
+        [leaf.current.detach().to(leaf.dtype) if is_streams(leaf) else leaf for leaf in leaves], spec
     )

@@ -104,6 +104,12 @@ class Residual:
         return id(self.result.meta["value"]), self.result.meta["version"]
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the children that its branch calls, and what moves into it."""
+        called = (n for n in (*self.inside, *self.post) if n.op == "call_module")
+        return tuple(dict.fromkeys(str(n.target) for n in called))
+
+    @property
     def line(self) -> str:
         """`file.py:123` of the addition."""
         return str(self.total.meta.get("line", ""))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from revwire.branch import Cut
-from revwire.codegen import StepCode, step_code
+from revwire.codegen import step_code
 from revwire.specimen import make_branches_count
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from revwire.residual import Residual
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
 _DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
 _TOLERANCE = 3e-5
 """Relative to the largest value, in float32: kernels of another size add up in another order."""
@@ -56,31 +57,8 @@ def refusal_of(residual: Residual, cut: Cut) -> str | None:
 def _refused(residual: Residual) -> str | None:
     if residual.shared:
         return "its branch hands out inner values that other code reads"
-    code = step_code(residual)
-    return _mixes([residual.frame.module.get_submodule(path) for path in code.modules], code)
-
-
-def kind_of(residual: Residual) -> tuple[Any, ...]:
-    """What two residuals have in common whose branches may be cut alike: code, modules, settings and shapes."""
-    code = step_code(residual)
-    module = residual.frame.module
-    settings = [
-        (type(m), tuple(sorted((k, repr(v)) for k, v in vars(m).items() if _is_setting(k, v))))
-        for path in code.modules
-        for m in module.get_submodule(path).modules()
-    ]
-    own = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if _is_setting(k, v)))
-    shapes = tuple(repr(n.meta["value"]) for n in (residual.skip, *residual.sides))
-    return type(module), own, residual.index, residual.post_name, tuple(settings), shapes
-
-
-def mixes_now(modules: Sequence[nn.Module]) -> bool:
-    """Whether a branch that could be cut would mix samples in the mode it runs in."""
-    return any(isinstance(m, _BatchNorm) and m.training for child in modules for m in child.modules())
-
-
-def _mixes(called: Sequence[nn.Module], code: StepCode) -> str | None:
-    for path, child in zip(code.modules, called, strict=True):
+    for path in residual.modules:
+        child = residual.frame.module.get_submodule(path)
         for name, module in child.named_modules(prefix=path):
             if isinstance(module, _BatchNorm):
                 return f"{name} ({type(module).__name__}) mixes samples in training"
@@ -89,8 +67,23 @@ def _mixes(called: Sequence[nn.Module], code: StepCode) -> str | None:
     return None
 
 
-def _is_setting(name: str, value: Any) -> bool:
-    return name != "training" and isinstance(value, bool | int | float | str | tuple | type(None))
+def kind_of(residual: Residual) -> tuple[Any, ...]:
+    """What two residuals have in common whose branches may be cut alike: code, modules, settings and shapes."""
+    module = residual.frame.module
+    called = (m for path in residual.modules for m in module.get_submodule(path).modules())
+    shapes = tuple(repr(n.meta["value"]) for n in (residual.skip, *residual.sides))
+    return residual.index, residual.post_name, _settings(module), tuple(map(_settings, called)), shapes
+
+
+def mixes_now(modules: Sequence[nn.Module]) -> bool:
+    """Whether a branch that could be cut would mix samples in the mode it runs in."""
+    return any(isinstance(m, _BatchNorm) and m.training for child in modules for m in child.modules())
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """A module's class and its plain attributes, but for its mode."""
+    held = ((k, repr(v)) for k, v in vars(module).items() if k != "training" and isinstance(v, _PLAIN))
+    return type(module), tuple(sorted(held))
 
 
 def _dimensions(shape: Sequence[int]) -> list[int]:

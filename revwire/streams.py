@@ -87,15 +87,16 @@ class Streams:
             self._check_usable()
             # the first use may be one without grad or in inference mode, the next one not
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
-                self._merged = self.merge(self.previous, self.current)
+                self._merged = self.merger()(self.previous, self.current)
                 if self._merged.is_inference():
                     self._merged = self._merged.clone()
             self._views.append((self._merged, self._merged._version))
         return self._merged
 
-    def merge(self, previous: Tensor, current: Tensor) -> Tensor:
-        """What the merged tensor of such a pair is."""
-        return self.coupling.leave(previous, current).to(self.dtype)
+    def merger(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What makes one tensor of such a pair; it holds neither."""
+        coupling, dtype = self.coupling, self.dtype
+        return lambda previous, current: coupling.leave(previous, current).to(dtype)
 
     @property
     def left(self) -> bool:
@@ -268,10 +269,11 @@ Streams.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _streams(tree: Any) -> list[Streams]:
-    return [leaf for leaf in tree_leaves(tree, is_leaf=_is_streams) if _is_streams(leaf)]
+    return [leaf for leaf in tree_leaves(tree, is_leaf=is_streams) if is_streams(leaf)]
 
 
-def _is_streams(value: object) -> bool:
+def is_streams(value: object) -> bool:
+    """Whether a value is what travels between rewired blocks."""
     return isinstance(value, Streams)
 
 
@@ -297,7 +299,7 @@ def as_tensor(value: Any) -> Any:
 
 def settle(tree: Any) -> Any:
     """A structure with every `Streams` in it replaced by its merged tensor; the same object where there is none."""
-    return tree_map(as_tensor, tree, is_leaf=_is_streams) if _streams(tree) else tree
+    return tree_map(as_tensor, tree, is_leaf=is_streams) if _streams(tree) else tree
 
 
 def _flatten(streams: Streams) -> tuple[list[Tensor], tuple[Any, ...]]:

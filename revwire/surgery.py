@@ -1,4 +1,4 @@
-"""`plan`, `rewire`, `unwire`: the model's modules get subclasses of their own classes whose forward is rewired.
+"""How a model is rewired and put back: its modules get subclasses of their own classes whose forward is rewired.
 
 Swapping `module.__class__` (as FSDP2 does) leaves parameters, buffers, hooks, methods and `isinstance` as they are, and
 makes going back exact: the old class is put back.
@@ -124,7 +124,7 @@ def _warnings(chosen: Plan, coupling: Coupling, exact: Exact) -> tuple[str, ...]
     told = []
     for chain in chosen.chains:
         steps = len(chain.steps)
-        error = math.exp(min(0.0, math.log(FLOAT32_ROUNDING) + steps * math.log(coupling.noise)))
+        error = coupling.error_after(steps, FLOAT32_ROUNDING)
         if error > MOST_NOISE:
             told.append(
                 f"{chain.name}: the inverse of {coupling.spec} amplifies rounding errors {coupling.noise:.3g} times a "
@@ -169,9 +169,8 @@ def fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
     Raises:
         RewireError: it has not; the message names the first step that is missing.
     """
-    have = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks) if not r.refused}
     for step in wanted.steps:
-        if (step.module, step.residual) not in have:
+        if found.residual(step) is None:
             raise RewireError(
                 f"the plan does not fit {fresh.model}: it has no residual {step.name}; "
                 "plan again with revwire.plan(model)"

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import at_end_of_backward, backward_pass, not_compiled
-from revwire.branch import Branch, BranchRun
+from revwire._torch import not_compiled
+from revwire.branch import Branch
 from revwire.errors import ReplayError
 from revwire.frame import Frame, original_forward, storage
-from revwire.streams import Streams, settle
+from revwire.probe import sources
+from revwire.streams import Streams, is_streams, settle
 from revwire.structure import tree_flatten, tree_unflatten
+from revwire.tape import Link, Tape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import fx
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from revwire.plan import Plan
     from revwire.probe import Probe
     from revwire.program import Options
+    from revwire.tape import Pair, Pass
 
 
 def find_transitions(plan: Plan, found: Probe) -> Plan:
@@ -37,18 +40,18 @@ def find_transitions(plan: Plan, found: Probe) -> Plan:
     A single operation would keep its input either way; but where that is the end of a chain (a last norm), it is the
     chain's pair, and kept already: such a chain hands it on as it is.
     """
-    residuals = {(r.frame.path, r.index): r for r in (*found.residuals, *found.blocks)}
-    planned = [residuals[step.module, step.residual] for step in plan.steps]
+    planned = [r for step in plan.steps if (r := found.residual(step)) is not None]
     branches = {node for r in planned for node in (*r.inside, *r.post)}
     around = {path for step in plan.steps for path in _parents(step.module)}
-    ends = {residuals[c.steps[-1].module, c.steps[-1].residual].leaving: i for i, c in enumerate(plan.chains)}
+    last = ((i, found.residual(chain.steps[-1])) for i, chain in enumerate(plan.chains))
+    ends = {residual.leaving: i for i, residual in last if residual is not None}
     chosen: dict[str, bool] = {}
     entered: dict[str, set[int]] = {}
     for frame in found.frames:
         outer = {*_parents(frame.path)} - {frame.path}
         if frame.path in around or frame.graph is None or any(chosen.get(path) for path in outer):
             continue
-        if any(caller in branches for caller in _calls(frame)) or _changes_inputs(frame):
+        if any(caller in branches for caller in frame.callers) or _changes_inputs(frame):
             chosen[frame.path] = False
             continue
         chains = {ends[at] for node in _inputs(frame) for at in _sources(node, found) if at in ends}
@@ -73,13 +76,6 @@ def _parents(path: str) -> Iterator[str]:
         yield path
 
 
-def _calls(frame: Frame) -> Iterator[fx.Node]:
-    around: Frame | None = frame
-    while around is not None and around.caller is not None:
-        yield around.caller
-        around = around.parent
-
-
 def _inputs(frame: Frame) -> list[fx.Node]:
     assert frame.graph is not None
     return [n for n in frame.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("value"), Tensor)]
@@ -92,11 +88,7 @@ def _changes_inputs(frame: Frame) -> bool:
 
 
 def _sources(node: fx.Node, found: Probe) -> Iterator[Identity]:
-    """A value, and those it is a rearrangement of."""
-    at: Identity | None = (id(node.meta["value"]), node.meta["version"])
-    while at is not None:
-        yield at
-        at = found.origins.get(at)
+    return sources((id(node.meta["value"]), node.meta["version"]), found.origins)
 
 
 def _single(found: Probe, around: set[str], branches: set[fx.Node]) -> Iterator[tuple[str, Identity]]:
@@ -129,57 +121,45 @@ class Recomputed:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward."""
         forward = original_forward(module)
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_streams)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
         first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | Streams)), None)
         if not self.options.replay or not torch.is_grad_enabled() or first is None:
             return forward(*settle(args), **settle(kwargs))
         trunk = leaves[first]
-        others = [settle(leaf) for i, leaf in enumerate(leaves) if i != first]
-        pair = isinstance(trunk, Streams) and not trunk.left
-        if not pair:
-            trunk = settle(trunk)
+        others = tuple(settle(leaf) for i, leaf in enumerate(leaves) if i != first)
 
         def run(x: Tensor, *rest: Any) -> Any:
-            if pair:
-                x, rest = merge(rest[0], x), rest[1:]
             again, named = tree_unflatten([*rest[:first], x, *rest[first:]], spec)
             return forward(*again, **named)
 
-        if pair:
-            merge = trunk.merge
-            trunk, others = trunk.current, [trunk.previous, *others]
-        return _Kept(Branch(self.path, run, [module])).forward(trunk, tuple(others))
+        if isinstance(trunk, Streams) and not trunk.left:
+            merge = trunk.merger()
+
+            def run_on_pair(current: Tensor, previous: Tensor, *rest: Any) -> Any:
+                return run(merge(previous, current), *rest)
+
+            return self._keeping(module, run_on_pair, trunk.current, (trunk.previous, *others))
+        return self._keeping(module, run, settle(trunk), others)
+
+    def _keeping(
+        self, module: nn.Module, function: Callable[..., Any], x: Tensor, sides: tuple[Any, ...]
+    ) -> Any:
+        return _Kept(Branch(self.path, function, [module]), x).run(x, sides, drop=True)
 
 
-class _Kept:
-    """One run whose input is kept; redeems what it dropped."""
+class _Kept(Link):
+    """A step without a chain: what it runs on is kept, and not reconstructed by a step after it."""
 
-    __slots__ = ("_passes", "_run", "_version", "_x")
+    def __init__(self, branch: Branch, x: Tensor) -> None:
+        super().__init__(Tape(branch.name), 0, branch, bottom=True)
+        self.keep(x)
 
-    def __init__(self, branch: Branch) -> None:
-        self._run = BranchRun(branch)
-        self._passes: dict[int, dict[int, Tensor]] = {}
-
-    def forward(self, x: Tensor, sides: tuple[Any, ...]) -> Any:
-        self._x, self._version = x.detach(), x._version
-        return self._run.forward(self, 0, x, sides)
-
-    def redeem(self, part: int, index: int) -> Tensor:  # noqa: ARG002 - there is one part
-        number = backward_pass()
-        saved = self._passes.get(number)
-        if saved is None:
-            if self._x._version != self._version:
-                raise ReplayError(
-                    f"{self._run.branch.name}: its input has been modified by an inplace operation, and backward needs "
-                    "it as it was; use the out-of-place form of that operation"
-                )
-            _, saved = self._run.again(self._x, output=False)
-            if number != -1:
-                self._passes[number] = saved
-                passes = self._passes
-                at_end_of_backward(lambda: passes.pop(number, None))
-        return saved.pop(index)
-
-
-def _is_streams(value: object) -> bool:
-    return isinstance(value, Streams)
+    def _take(self, now: Pass, *, last: bool) -> Pair:  # noqa: ARG002 - as the links of a chain
+        assert self.anchor is not None
+        x, version = self.anchor
+        if x._version != version:
+            raise ReplayError(
+                f"{self.branch.name}: its input has been modified by an inplace operation, and backward needs it as it "
+                "was; use the out-of-place form of that operation"
+            )
+        return x, x

@@ -8,7 +8,6 @@ scales of 1e-6) would make every comparison agree for the wrong reason, so the c
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -232,7 +231,7 @@ class _Runs:
             return 0.0, ""
         steps = max(len(chain.steps) for chain in self.plan.chains)
         note = f"; the inverse amplifies rounding {coupling.noise:.3g} times a step, {steps} steps"
-        return math.exp(min(0.0, math.log(4 * rounding) + steps * math.log(coupling.noise))), note
+        return coupling.error_after(steps, 4 * rounding), note
 
     def reconstruction(self, drift: Drifts) -> Iterator[Check]:
         """Exact chains come back to the bit."""

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revwire.errors import RevwireError
 from revwire.memory.fake_step import TrainingStep
 from revwire.memory.measure import Loss, mean_square
-from revwire.structure import tree_leaves
 from revwire.surgery import call_arguments
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def estimate(
     for name, strategy in named.items():
         say(name)
         rows.append(_row(name, strategy, model, step, bytes_, vary))
-    shapes = tuple(tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    shapes = tuple(tuple(tensor.shape) for tensor in step.tensors)
     called = (
         optimizer if isinstance(optimizer, str) else "no optimizer" if optimizer is None else "own optimizer"
     )

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,18 +54,22 @@ class TrainingStep:
 
     def prepared(self, model: nn.Module, strategy: Strategy) -> nn.Module:
         """A copy of the model on the meta device, made ready for one way of doing the step."""
-        args, kwargs = tree_map(_meta_like, (self.args, self.kwargs))
-        return treated(_moved(model, _meta_like), kwargs or args, strategy)
+        on_meta = partial(_empty_like, device=torch.device("meta"))
+        args, kwargs = tree_map(on_meta, (self.args, self.kwargs))
+        return treated(_moved(model, on_meta), kwargs or args, strategy)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the model is called with, but for numbers and the like."""
+        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
     def resized(self, dim: int, size: int) -> TrainingStep:
         """The same with another size of a dimension of the first input; the batch is that of all inputs."""
-        first = self.varied(dim)
-        tensors = iter([t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)])
-        own = next(tensors)
+        before, own = self.varied(dim), self.tensors[0]
 
         def other(leaf: Any) -> Any:
             alike = leaf is own or (
-                dim == 0 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == first
+                dim == 0 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == before
             )
             if not alike:
                 return leaf
@@ -80,19 +85,20 @@ class TrainingStep:
         Raises:
             RevwireError: the first input has no such dimension, or there is none.
         """
-        first = next((t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)), None)
-        if first is None or not 0 <= dim < first.ndim:
-            found = "no tensor" if first is None else f"a tensor of {first.ndim} dimensions"
+        tensors = self.tensors
+        if not tensors or not 0 <= dim < tensors[0].ndim:
+            found = f"a tensor of {tensors[0].ndim} dimensions" if tensors else "no tensor"
             raise RevwireError(f"cannot vary dimension {dim} of the first input, which is {found}")
-        return first.shape[dim]
+        return tensors[0].shape[dim]
 
     def run(self, prepared: nn.Module) -> Figures:
         """The figures of one model made ready."""
         with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
-            model = _moved(prepared, self._stand_in)
+            stand_in = partial(_empty_like, device=self.device)
+            model = _moved(prepared, stand_in)
             of_model = meter.live
             with meter.phase("inputs"):
-                args, kwargs = tree_map(self._stand_in, (self.args, self.kwargs))
+                args, kwargs = tree_map(stand_in, (self.args, self.kwargs))
             of_inputs = meter.live - of_model
             meter.watch(model)
             parameters = [p for p in model.parameters() if p.requires_grad]
@@ -122,12 +128,6 @@ class TrainingStep:
             alive = tuple(meter.alive.most_common())
             where = meter.where
         return Figures(meter.peak, of_model, gradients, of_optimizer, of_inputs, activations, where, alive)
-
-    def _stand_in(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=self.device)
-        return made.requires_grad_(leaf.requires_grad)
 
 
 class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
@@ -243,7 +243,8 @@ def _moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _meta_like(leaf: Any) -> Any:
+def _empty_like(leaf: Any, device: torch.device) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
+    return made.requires_grad_(leaf.requires_grad)
