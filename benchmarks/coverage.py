@@ -19,7 +19,7 @@ import signal
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import revwire
 from benchmarks import coverage_report, record
+from benchmarks.coverage_report import Planned, Verified
 from benchmarks.operators import ResidualCounter
 from benchmarks.zoo import SOURCES, Entry, entries, fewer_blocks
 from revwire import ReplayError
@@ -56,67 +57,6 @@ if TYPE_CHECKING:
 NAME = "coverage"
 PATIENCE_S = 600
 VALUES_A_CHANNEL = 8
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What planning one architecture showed.
-
-    Attributes:
-        source: The library.
-        family: The library's module.
-        name: The architecture.
-        verdict: `"rewired"`, `"cannot"`, or `"failed"` where it did not even run.
-        chains: Steps of each chain.
-        residuals: Residuals in the longest run on one trunk, counted from the operators where none was rewired.
-        seconds: Time to plan.
-        parameters: Number of parameters.
-        held: Bytes between forward and backward of a training step at `zoo.BATCH`, None where they were not counted.
-        held_rewired: The same, rewired.
-        reason: Why not, where it cannot be rewired.
-    """
-
-    source: str
-    family: str
-    name: str
-    verdict: str
-    chains: tuple[int, ...] = ()
-    residuals: int = 0
-    seconds: float = 0.0
-    parameters: int = 0
-    held: int | None = None
-    held_rewired: int | None = None
-    reason: str = ""
-
-    @property
-    def key(self) -> str:
-        """`timm/resnet50`."""
-        return f"{self.source}/{self.name}"
-
-    @property
-    def missed(self) -> bool:
-        """Whether there are residuals in a row, and none was rewired."""
-        return self.verdict != "rewired" and self.residuals > 1
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What verifying the representative of a family showed: the failed checks and the worst gradient errors."""
-
-    source: str
-    family: str
-    name: str
-    ok: bool
-    input: tuple[int, ...] = ()
-    float64: float | None = None
-    float32: float | None = None
-    seconds: float = 0.0
-    failed: str = ""
-
-    @property
-    def key(self) -> str:
-        """`timm/resnet`: the family."""
-        return f"{self.source}/{self.family}"
 
 
 @functools.cache
@@ -270,9 +210,11 @@ class Diary:
                 data = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the line that was being written when the sweep was stopped
-            # not by isinstance: run as a script, this module is __main__, and its classes are others
-            row: Any = coverage_report.row(data)
-            (planned if "verdict" in data else verified)[row.key] = row
+            row = coverage_report.row(data)
+            if isinstance(row, Planned):
+                planned[row.key] = row
+            else:
+                verified[row.key] = row
         return planned, verified
 
     def write(self, row: Planned | Verified) -> None:

@@ -1,11 +1,15 @@
-"""Telling what the coverage sweep found: a summary to print, JSON, and docs/coverage.md."""
+"""What the coverage sweep found, and telling it: a summary to print, JSON, and docs/coverage.md.
+
+The rows are defined here and not beside the sweep, which runs as a script: there its classes would be others than those
+that anything else imports.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +20,71 @@ from benchmarks import record, zoo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.coverage import Planned, Verified
     from revwire.plan import Plan
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 _MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What planning one architecture showed.
+
+    Attributes:
+        source: The library.
+        family: The library's module.
+        name: The architecture.
+        verdict: `"rewired"`, `"cannot"`, or `"failed"` where it did not even run.
+        chains: Steps of each chain.
+        residuals: Residuals in the longest run on one trunk, counted from the operators where none was rewired.
+        seconds: Time to plan.
+        parameters: Number of parameters.
+        held: Bytes between forward and backward of a training step at `zoo.BATCH`, None where they were not counted.
+        held_rewired: The same, rewired.
+        reason: Why not, where it cannot be rewired.
+    """
+
+    source: str
+    family: str
+    name: str
+    verdict: str
+    chains: tuple[int, ...] = ()
+    residuals: int = 0
+    seconds: float = 0.0
+    parameters: int = 0
+    held: int | None = None
+    held_rewired: int | None = None
+    reason: str = ""
+
+    @property
+    def key(self) -> str:
+        """`timm/resnet50`."""
+        return f"{self.source}/{self.name}"
+
+    @property
+    def missed(self) -> bool:
+        """Whether there are residuals in a row, and none was rewired."""
+        return self.verdict != "rewired" and self.residuals > 1
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verifying the representative of a family showed: the failed checks and the worst gradient errors."""
+
+    source: str
+    family: str
+    name: str
+    ok: bool
+    input: tuple[int, ...] = ()
+    float64: float | None = None
+    float32: float | None = None
+    seconds: float = 0.0
+    failed: str = ""
+
+    @property
+    def key(self) -> str:
+        """`timm/resnet`: the family."""
+        return f"{self.source}/{self.family}"
 
 
 def reason_of(plan: Plan) -> str:
@@ -42,8 +106,6 @@ def _kind(reason: str) -> str:
 
 def row(data: dict[str, Any]) -> Planned | Verified:
     """A row from its JSON form."""
-    from benchmarks.coverage import Planned, Verified
-
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
     return Planned(**values) if "verdict" in values else Verified(**values)
 

@@ -163,9 +163,9 @@ def main(
         cases = [depth_case(d, model, batch=batch, size=size, device=device, seed=seed) for d in depths]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    strategies, dtype = worth_measuring(device), torch.bfloat16 if amp is Amp.bf16 else None
+    strategies = worth_measuring(device)
     with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
-        rows = run(cases, strategies, rounds=rounds, autocast=dtype, progress=progress)
+        rows = run(cases, strategies, rounds=rounds, autocast=amp.dtype, progress=progress)
     blocks = {case.name: case.about["blocks"] for case in cases}
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.depth", settings)

@@ -26,7 +26,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.nn import functional
 
 import revwire
 from benchmarks import record
@@ -111,15 +110,8 @@ def fit(
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     found = [data.accuracy(model, digits.test)]
     for _ in range(epochs):
-        for images, labels in data.batches(digits.train, BATCH, generator):
-            loss = functional.cross_entropy(model(images), labels, label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rates.step()
-            if schedule is not None:
-                schedule.step()
+        batches = data.batches(digits.train, BATCH, generator)
+        digits_vit.one_epoch(model, batches, optimizer, rates, *filter(None, (schedule,)))
         found.append(data.accuracy(model, digits.test))
     return found
 

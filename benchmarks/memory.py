@@ -52,6 +52,11 @@ class Amp(str, Enum):
     none = "none"
     bf16 = "bf16"
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the forward casts to."""
+        return torch.bfloat16 if self is Amp.bf16 else None
+
 
 def timm_case(
     spec: str,
@@ -180,14 +185,13 @@ def main(
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    dtype = torch.bfloat16 if amp is Amp.bf16 else None
     with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
-        rows = run(cases, strategies, rounds=rounds, autocast=dtype, progress=progress)
+        rows = run(cases, strategies, rounds=rounds, autocast=amp.dtype, progress=progress)
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)
     if estimated:
         with console.status("estimating"):
-            written["estimates"] = [e for case in cases for e in against_estimates(case, rows, dtype)]
+            written["estimates"] = [e for case in cases for e in against_estimates(case, rows, amp.dtype)]
         console.print(table_of_estimates(written["estimates"]))
     console.print(table(rows), record.in_one_line(written), METHOD, sep="\n")
     stem = out / (name or f"memory-{torch.device(device).type}-{amp.value}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import timm
 import torch
@@ -25,7 +25,9 @@ from torch.nn import functional
 from examples.digits import data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS: dict[str, Any] = {
@@ -38,6 +40,13 @@ MODEL_ARGS: dict[str, Any] = {
     "num_heads": 4,
 }
 WEIGHTS = Path(__file__).with_name("digits_vit.safetensors")
+
+
+class Schedule(Protocol):
+    """What moves on with the optimizer: a learning rate, or the coefficients of a coupling."""
+
+    def step(self) -> None:
+        """Move one step on."""
 
 
 def build(**changed: Any) -> nn.Module:
@@ -84,14 +93,25 @@ def train(
     steps = epochs * (len(digits.train.labels) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_and_cosine(steps))
     for _ in progress(range(epochs)):
-        for images, labels in data.batches(digits.train, batch, generator):
-            loss = functional.cross_entropy(model(images), labels, label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+        one_epoch(model, data.batches(digits.train, batch, generator), optimizer, schedule)
     return model.eval()
+
+
+def one_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *schedules: Schedule,
+) -> None:
+    """Train on all batches once; every schedule goes one step on after every optimizer step."""
+    for images, labels in batches:
+        loss = functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
 
 
 def save(model: nn.Module, path: Path, accuracy: float) -> None:
