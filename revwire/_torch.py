@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -38,6 +39,7 @@ __all__ = [
     "only_shapes",
     "quiet_fake_tensors",
     "register_pytree_node",
+    "solely_held",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -83,3 +85,16 @@ def keeps_graph() -> bool:
 def at_end_of_backward(callback: Callable[[], object]) -> None:
     """Have `callback()` called when the backward pass this thread runs is done."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[arg-type]
+
+
+_HELD_HERE = 2
+"""The references to a storage that nothing else holds: its tensor's, and that of the object which asks."""
+
+
+def solely_held(tensor: Tensor) -> bool:
+    """Whether no other tensor, view, graph or array shares this tensor's memory; says no where that cannot be told."""
+    if type(tensor) not in {Tensor, fake_tensor.FakeTensor} or 0 in tensor.stride():
+        return False
+    if tensor._use_count() > 1:  # type: ignore[attr-defined]
+        return False
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == _HELD_HERE

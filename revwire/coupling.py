@@ -59,6 +59,16 @@ class Weights:
         rest = following - self.change(current, branch)
         return rest if _is(self.a, 1) else rest / self.a
 
+    def retreat_(self, following: Tensor, current: Tensor, branch: Tensor) -> Tensor:
+        """`retreat`, with its result in the memory of `following`."""
+        following.sub_(self.change(current, branch))
+        return following if _is(self.a, 1) else following.div_(self.a)
+
+    def of_slice(self, part: int, slices: int) -> Weights:
+        """The coefficients of the samples in one of so many slices of the batch."""
+        a, b, c = (w.chunk(slices)[part] if isinstance(w, Tensor) else w for w in (self.a, self.b, self.c))
+        return Weights(a, b, c)
+
 
 def _is(weight: float | Tensor, value: float) -> bool:
     return not isinstance(weight, Tensor) and weight == value

@@ -118,7 +118,6 @@ def _mode(step: Step, first: bool, keep: Sequence[str], anchor: Sequence[str]) -
 def _sliced(plan: Plan, chunks: Mapping[str, int], found: Probe) -> Plan:
     if not plan.chains or all(n == 1 for n in chunks.values()):
         return plan
-    tried: dict[tuple[Any, ...], Cut | str] = {}
     unsliced: list[Skipped] = []
 
     def cut(step: Step) -> Step:
@@ -126,14 +125,15 @@ def _sliced(plan: Plan, chunks: Mapping[str, int], found: Probe) -> Plan:
         residual = found.residual(step)
         if slices == 1 or residual is None:
             return step
-        kind = (*kind_of(residual), slices)
-        if kind not in tried:
-            tried[kind] = cut_of(residual, slices)
-        found_cut = tried[kind]
-        if isinstance(found_cut, str):
-            unsliced.append(Skipped(step.name, found_cut))
+        kind = kind_of(residual)
+        if kind not in found.cuts:
+            found.cuts[kind] = cut_of(residual)
+        proven = found.cuts[kind]
+        if isinstance(proven, str):
+            unsliced.append(Skipped(step.name, proven))
             return step
-        return replace(step, slices=slices, slice_dim=found_cut.dim, sliced_sides=found_cut.sides)
+        dim, sides = proven
+        return replace(step, slices=slices, slice_dim=dim, sliced_sides=sides)
 
     chains = tuple(replace(chain, steps=tuple(map(cut, chain.steps))) for chain in plan.chains)
     if not any(step.slices > 1 for chain in chains for step in chain.steps):

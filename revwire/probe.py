@@ -58,6 +58,11 @@ class Probe:
         return tuple(block for f in self.frames if f.graph is not None for block in find_blocks(f))
 
     @cached_property
+    def cuts(self) -> dict[tuple[Any, ...], tuple[int, tuple[bool, ...]] | str]:
+        """What `revwire.slicing` has proven of each kind of branch so far."""
+        return {}
+
+    @cached_property
     def _additions(self) -> dict[tuple[str, int], Residual]:
         return {_key(r): r for r in self.residuals if not r.refused}
 

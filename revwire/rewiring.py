@@ -5,18 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from revwire.coupling import Coupling, coupling_of
 from revwire.dials import Dials, Globs, Transitions
 from revwire.errors import RewireError
-from revwire.fixed import Grid, exact_of
-from revwire.program import Options
-from revwire.surgery import apply_plan, fitting, nothing_to_rewire, recorded
+from revwire.surgery import Recording, fitting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
+    from revwire.coupling import Coupling
+    from revwire.fixed import Grid
     from revwire.memory.budget import Budget
     from revwire.plan import Plan
 
@@ -53,9 +52,8 @@ def plan(
     Raises:
         RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
     """
-    kind = coupling_of(coupling)
-    found, chosen = recorded(model, example_inputs, kind, exact_of(exact, kind), include, exclude)
-    return Dials(chunks, keep, anchor, transitions).turned(chosen, found)
+    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
+    return Dials(chunks, keep, anchor, transitions).turned(recording.fresh, recording.found)
 
 
 def rewire(
@@ -111,26 +109,22 @@ def rewire(
         RewireError: no chain was found, the model is rewired already, `plan` does not fit, or nothing fits `budget`;
             the model is as it was.
     """
-    kind = coupling_of(coupling)
-    streams = exact_of(exact, kind)
-    found, fresh = recorded(model, example_inputs, kind, streams, include, exclude)
     dials = Dials(chunks, keep, anchor, transitions)
-    if (plan is not None or budget is not None) and dials != Dials():
+    if (plan is not None) + (budget is not None) + (dials != Dials()) > 1:
         raise RewireError(
             "chunks, keep, anchor and transitions are part of a plan, and chosen by a budget: pass one"
         )
+    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
     if budget is not None:
         # imported here, as it estimates what this very function makes
         from revwire.memory.budget import dials_within
 
-        if not fresh.chains:
-            raise RewireError(nothing_to_rewire(fresh))
-        options = {"coupling": kind, "exact": exact, "include": include, "exclude": exclude}
-        dials = dials_within(model, example_inputs, budget, fresh, options)
-    chosen = dials.turned(fresh, found) if plan is None else fitting(plan, fresh, found)
-    if not chosen.chains:
-        raise RewireError(nothing_to_rewire(chosen))
-    apply_plan(model, chosen, found, Options(kind, exact=streams))
+        dials = dials_within(model, example_inputs, budget, recording)
+    if plan is None:
+        chosen = dials.turned(recording.fresh, recording.found)
+    else:
+        chosen = fitting(plan, recording.fresh, recording.found)
+    recording.rewire(model, chosen)
     for warning in chosen.warnings:
         warnings.warn(warning, stacklevel=2)
     return model

@@ -7,32 +7,39 @@ treats position by position, as an MLP does its tokens.
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from revwire.branch import Cut
 from revwire.codegen import step_code
 from revwire.specimen import make_branches_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from revwire.branch import Cut
     from revwire.residual import Residual
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
+_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)
+"""What a branch raises that insists on the size it was written for."""
+_LARGE = 2**21
+_POSITIONS = 16
+_SAMPLES = 3
+"""As many are tried at most: one alone, and the rest."""
 _TOLERANCE = 3e-5
 """Relative to the largest value, in float32: kernels of another size add up in another order."""
 
 
-def cut_of(residual: Residual, slices: int) -> Cut | str:
-    """How a residual's branch is cut into `slices`, or in words why it cannot be.
+def cut_of(residual: Residual) -> tuple[int, tuple[bool, ...]] | str:
+    """Along which dimension a residual's branch may be cut, with which side inputs; or in words why it may not.
 
-    Runs copies of what the branch calls on noise of the shapes that the planning run saw, three times for each
-    dimension tried; nothing of the model changes.
+    Runs copies of what the branch calls on noise of the shapes that the planning run saw, but for three samples,
+    three times for each dimension tried; nothing of the model changes.
     """
     if (why_not := _refused(residual)) is not None:
         return why_not
@@ -40,7 +47,7 @@ def cut_of(residual: Residual, slices: int) -> Cut | str:
     for dim in _dimensions(trial.shape):
         for sides in trial.ways(dim):
             if trial.agrees(dim, sides):
-                return Cut(dim, slices, sides)
+                return dim, sides
     return _DIFFERS
 
 
@@ -115,31 +122,59 @@ class _Trial:
 
     def agrees(self, dim: int, cut: tuple[bool, ...]) -> bool:
         """Whether slices along a dimension, of these side inputs too, come out as they do in the whole."""
-        shape = list(self.shape)
-        if shape[dim] == 1:
-            if dim:
+        if dim and self.shape[dim] == 1:
+            return False
+        samples = min(self.shape[0], _SAMPLES)
+        if dim == 0:
+            samples = max(samples, 2)  # one sample says nothing of how several are treated
+        # windows of a long video take minutes at their own size: a few positions refute them in seconds
+        for small in self._small(samples):
+            found = self._agrees_at(small, dim, cut)
+            if found is False:
                 return False
-            shape[0] = 2  # one sample says nothing of how several are treated
+            if found:
+                break
+        return bool(self._agrees_at((samples, *self.shape[1:]), dim, cut))
+
+    def _small(self, samples: int) -> Iterator[tuple[int, ...]]:
+        """Shapes with fewer positions; one of the dimensions holds channels, whose number is fixed."""
+        if math.prod(self.shape[1:]) < _LARGE:
+            return
+        for channels in (len(self.shape) - 1, 1):
+            rest = (n if i == channels else min(n, _POSITIONS) for i, n in enumerate(self.shape))
+            yield (samples, *list(rest)[1:])
+
+    def _agrees_at(self, shape: tuple[int, ...], dim: int, cut: tuple[bool, ...]) -> bool | None:
+        """The same for one shape of the trunk; None where the branch does not run on that."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(shape, generator=generator).to(self._device)
         sides = [_noise(side, generator, self._device) for side in self._sides]
+        sides = [s[: len(x)] if c else s for s, c in zip(sides, cut, strict=True)]
         try:
             with torch.no_grad():
                 wanted = self._run(x, sides)
                 if wanted.shape != x.shape:
                     return False
+        except _REFUSALS:
+            return None
+        try:
+            with torch.no_grad():
                 # uneven on purpose: windows that happen to fit into halves would pass for independent
-                for start, length in ((0, 1), (1, x.shape[dim] - 1)):
-                    part = x.narrow(dim, start, length)
-                    own = [s.narrow(0, start, length) if c else s for s, c in zip(sides, cut, strict=True)]
-                    found, expected = self._run(part, own), wanted.narrow(dim, start, length)
-                    if found.shape != expected.shape:
-                        return False
-                    if not (found - expected).abs().max() <= _TOLERANCE * wanted.abs().max():
-                        return False
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
-            return False  # the branch insists on the size it was written for
-        return True
+                return all(
+                    self._alike(wanted.narrow(dim, *part), x.narrow(dim, *part), sides, cut, part)
+                    for part in ((0, 1), (1, x.shape[dim] - 1))
+                )
+        except _REFUSALS:
+            return False
+
+    def _alike(
+        self, wanted: Tensor, x: Tensor, sides: list[Any], cut: tuple[bool, ...], part: tuple[int, int]
+    ) -> bool:
+        own = [s.narrow(0, *part) if c else s for s, c in zip(sides, cut, strict=True)]
+        found = self._run(x, own)
+        if found.shape != wanted.shape:
+            return False
+        return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
 
     def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
         out, *_ = self._code.branch(self._module, x, *sides)

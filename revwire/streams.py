@@ -154,7 +154,7 @@ class Streams:
     def _next(self, link: Link, weights: Weights, out: Tensor) -> Tensor:
         """`x[i+1]`; the link is told how to take it back."""
         if self.grid is None:
-            link.inverse = weights.retreat
+            link.inverse, link.weights = weights.retreat, weights
             return weights.advance(self.previous, self.current, out)
         # nothing below the first step with a ticket is ever reconstructed
         keep, dropped = not link.bottom and link.anchor is None, dropped_bits(self.coupling)

@@ -12,16 +12,17 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from revwire import timm_models
 from revwire.branch import Cut
+from revwire.coupling import Coupling, coupling_of
 from revwire.dials import Globs, check_dials, globs_of
 from revwire.errors import RewireError
-from revwire.fixed import Exact, Grid
+from revwire.fixed import Exact, Grid, exact_of
 from revwire.frame import TraceFailure
 from revwire.probe import Probe, make_plan, probe
 from revwire.program import PROGRAM, Options, Planned, Program
@@ -29,7 +30,6 @@ from revwire.streams import settle
 from revwire.transitions import Recomputed
 
 if TYPE_CHECKING:
-    from revwire.coupling import Coupling
     from revwire.plan import Plan
 
 _Maker = TypeVar("_Maker", bound=Callable[..., Any])
@@ -85,24 +85,54 @@ def set_coupling(model: nn.Module, coupling: Coupling) -> None:
             program.options = replace(program.options, coupling=coupling)
 
 
-def recorded(
-    model: nn.Module,
-    example_inputs: Any,
-    coupling: Coupling,
-    exact: Exact,
-    include: Globs,
-    exclude: Globs,
-) -> tuple[Probe, Plan]:
-    """One recorded run of the model, and the chains chosen from it.
+@dataclass(frozen=True)
+class Recording:
+    """One recorded run of a model, from which the model, or copies of it, are rewired with any dials.
 
-    Raises:
-        RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
+    Attributes:
+        found: The run.
+        fresh: The chains chosen from it, no dial turned.
+        options: How their steps will run.
     """
-    if any(hasattr(type(module), "revwire_original") for module in model.modules()):
-        raise RewireError(f"{type(model).__name__} is rewired already; call revwire.unwire(model) first")
-    args, kwargs = call_arguments(model, example_inputs)
-    found = probe(model, args, kwargs)
-    return found, choose_plan(found, coupling, exact, include, exclude)
+
+    found: Probe
+    fresh: Plan
+    options: Options
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        coupling: str | Coupling = "re2tal",
+        exact: bool | int | Grid = False,
+        include: Globs = None,
+        exclude: Globs = None,
+    ) -> Recording:
+        """Run `model` once on fake tensors, and choose; the arguments are those of `revwire.rewire`.
+
+        Raises:
+            RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
+        """
+        if any(hasattr(type(module), "revwire_original") for module in model.modules()):
+            raise RewireError(f"{type(model).__name__} is rewired already; call revwire.unwire(model) first")
+        kind = coupling_of(coupling)
+        streams = exact_of(exact, kind)
+        args, kwargs = call_arguments(model, example_inputs)
+        found = probe(model, args, kwargs)
+        fresh = choose_plan(found, kind, streams, include, exclude)
+        return cls(found, fresh, Options(kind, exact=streams))
+
+    def rewire(self, model: nn.Module, chosen: Plan) -> nn.Module:
+        """Rewire the model that was recorded, or a copy of it as it was then; returns it.
+
+        Raises:
+            RewireError: there is nothing to rewire, or a module of it cannot be.
+        """
+        if not chosen.chains:
+            raise RewireError(nothing_to_rewire(chosen))
+        apply_plan(model, chosen, self.found, self.options)
+        return model
 
 
 def choose_plan(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revwire._torch import at_end_of_backward, backward_pass, keeps_graph
+from revwire._torch import at_end_of_backward, backward_pass, keeps_graph, solely_held
 from revwire.branch import BranchRun
 from revwire.errors import ReplayError
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from revwire.branch import Branch
+    from revwire.coupling import Weights
     from revwire.fixed import Watch
 
 Pair = tuple[Tensor, Tensor]
@@ -47,14 +48,16 @@ class Opened:
     Attributes:
         current: `x[i]`, and `following`, `x[i+1]`.
         waiting: The slices that are still to run.
-        out: The branch's output, as far as it is there.
+        own: Whether `following` is needed by no one else, so that `x[i-1]` may take its memory.
+        out: The branch's output, as far as it is there; not used where slices become `x[i-1]` one by one.
     """
 
-    __slots__ = ("current", "following", "out", "waiting")
+    __slots__ = ("current", "following", "out", "own", "waiting")
 
-    def __init__(self, pair: Pair, slices: int) -> None:
+    def __init__(self, pair: Pair, slices: int, *, own: bool) -> None:
         self.current, self.following = pair
         self.waiting = set(range(slices))
+        self.own = own
         self.out: Tensor | None = None
 
 
@@ -108,6 +111,7 @@ class Link:
         bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
         anchor: `x[i-1]` where it was kept, with its in-place version; it is not reconstructed then.
         inverse: From `x[i+1]`, `x[i]` and `F_i(x[i])` to `x[i-1]`.
+        weights: The coefficients, where the inverse is these alone, value by value.
         undo: Takes the pair back through the rearrangements between the step before and this one.
         runs: The runs of the branch that dropped their tensors: one, or one for each slice; none if it kept them.
     """
@@ -115,6 +119,7 @@ class Link:
     def __init__(self, tape: Tape, position: int, branch: Branch, *, bottom: bool) -> None:
         self.tape, self.position, self.branch, self.bottom = tape, position, branch, bottom
         self.inverse: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self.weights: Weights | None = None
         self.next: Link | None = None
         self.taken = False
         self.end: tuple[Pair, tuple[int, int]] | None = None
@@ -178,7 +183,7 @@ class Link:
                 above.append(after)
             for link in reversed(above[1:]):
                 link.step_through(now)
-            now.opened[self.position] = Opened(self._take(now, last=True), len(self.runs))
+            self._open(now, last=True)
         opened = now.opened[self.position]
         out, saved = self.runs[part].again(self._slice(opened.current, part), output=self._needs_output)
         self._done(now, part, out)
@@ -188,7 +193,7 @@ class Link:
         """Reconstruct the pair below, without what the tickets stand for."""
         opened = now.opened.get(self.position)
         if opened is None:
-            opened = now.opened[self.position] = Opened(self._take(now, last=False), len(self.runs))
+            opened = self._open(now, last=False)
         for part in sorted(opened.waiting):
             out = None
             if self._needs_output:
@@ -205,37 +210,62 @@ class Link:
         cut = self.branch.cut
         return whole if cut is None else cut.of(whole)[part]
 
+    def _open(self, now: Pass, *, last: bool) -> Opened:
+        pair = self._take(now, last=last)
+        # a pair that stays here for whoever asks next is ours twice over, which no count shows
+        stays = self.next is None and self.end is not None
+        own = self.weights is not None and self._needs_output and not stays and solely_held(pair[1])
+        opened = now.opened[self.position] = Opened(pair, len(self.runs), own=own)
+        return opened
+
     def _done(self, now: Pass, part: int, out: Tensor | None) -> None:
         """Note that a slice has run again; after the last one the pair below is there."""
         opened = now.opened[self.position]
         opened.waiting.discard(part)
         if out is not None:
             out = out.detach()
-            if self.branch.cut is not None:
+            if self.branch.cut is None:
+                opened.out = out
+            elif opened.own:
+                self._retreat_slice(opened, part, out)
+            else:
                 if opened.out is None:
                     opened.out = torch.empty_like(opened.current, dtype=out.dtype)
                 self._slice(opened.out, part).copy_(out)
-            else:
-                opened.out = out
         if not opened.waiting:
             self._close(now, opened)
+
+    def _retreat_slice(self, opened: Opened, part: int, out: Tensor) -> None:
+        assert self.weights is not None
+        assert self.branch.cut is not None
+        weights = (
+            self.weights.of_slice(part, self.branch.cut.slices) if self.branch.cut.dim == 0 else self.weights
+        )
+        with torch.no_grad():
+            weights.retreat_(self._slice(opened.following, part), self._slice(opened.current, part), out)
 
     def _close(self, now: Pass, opened: Opened) -> None:
         now.opened.pop(self.position)
         if self.bottom:
             return
         with torch.no_grad():
-            if self.anchor is None:
-                assert opened.out is not None
-                previous = self.inverse(opened.following, opened.current, opened.out)
-            else:
-                previous, version = self.anchor
-                if previous._version != version:
-                    raise self._modified("the input")
-            pair = previous, opened.current
+            pair = self._previous(opened), opened.current
             for undo in self.undo:
                 pair = undo(pair[0]), undo(pair[1])
         now.below[self.position] = pair
+
+    def _previous(self, opened: Opened) -> Tensor:
+        """`x[i-1]`."""
+        if self.anchor is not None:
+            previous, version = self.anchor
+            if previous._version != version:
+                raise self._modified("the input")
+            return previous
+        if opened.own and self.branch.cut is not None:
+            return opened.following
+        assert opened.out is not None
+        retreat = self.weights.retreat_ if opened.own and self.weights is not None else self.inverse
+        return retreat(opened.following, opened.current, opened.out)
 
     def _take(self, now: Pass, *, last: bool) -> Pair:
         """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain, if it is the `last` to ask."""

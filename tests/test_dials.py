@@ -15,6 +15,7 @@ from torch import nn
 
 import revwire
 from revwire import ReplayError, RewireError
+from revwire._torch import solely_held
 from revwire.memory.measure import LiveBytes
 
 WIDTH, TOKENS, DEPTH = 8, 6, 4
@@ -227,6 +228,37 @@ def test_slices_lower_the_peak():
     peaks = [held(revwire.rewire(copy.deepcopy(model), x, chunks=n), x)[1] for n in (1, 2, 4, 8)]
     assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
     assert peaks[3] < 0.62 * peaks[0]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_what_others_hold_is_not_overwritten(chunks):
+    """`x[i-1]` takes the memory of `x[i+1]` only where nobody else has any of it."""
+    torch.manual_seed(0)
+    model = revwire.rewire(net().double(), x_of().double(), chunks=chunks).eval()
+    held = []
+
+    def hold(_, args):
+        x = args[0]
+        x = x.tensor() if hasattr(x, "tensor") else x
+        held.append((x, x.detach().clone()))
+
+    for block in (*model.first, *model.second):
+        block.mlp.register_forward_pre_hook(hold)  # in the second run too: what backward has reconstructed
+    loss(model(x_of().double())).backward()
+    assert len(held) >= 4 * DEPTH
+    for now, then in held:
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+def test_memory_that_others_hold_is_known():
+    x = torch.randn(4, 6)
+    assert solely_held(x)
+    for held in (x[1:], x.detach(), x.numpy(), torch.nn.Parameter(torch.ones(6)) * x):
+        assert not solely_held(x)
+        del held
+    assert solely_held(x)
+    assert not solely_held(torch.randn(4, 1).expand(4, 6))
+    assert not solely_held(torch.nn.Parameter(x.clone()))  # a subclass may mean anything by its memory
 
 
 @pytest.mark.parametrize(

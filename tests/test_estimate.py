@@ -14,9 +14,11 @@ import revwire
 from revwire import RevwireError, RewireError
 from revwire.cli import app
 from revwire.memory import budget
+from revwire.memory.cost import spared
 from revwire.memory.estimate import _largest, size_of
 from revwire.memory.measure import LiveBytes, mean_square
 from revwire.memory.strategies import STRATEGIES, treated
+from revwire.surgery import Recording
 
 SMALL = {
     "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 2},
@@ -179,6 +181,8 @@ def test_what_does_not_fit_says_by_how_much():
     assert revwire.plan_of(model) is None
     with pytest.raises(RewireError, match="pass one"):
         revwire.rewire(model, x, budget="1GiB", chunks=2)
+    with pytest.raises(RewireError, match="pass one"):
+        revwire.rewire(model, x, budget="1GiB", plan=revwire.plan(model, x))
 
 
 def test_a_budget_of_a_model_whose_branches_cannot_be_cut():
@@ -188,11 +192,46 @@ def test_a_budget_of_a_model_whose_branches_cannot_be_cut():
     assert all(step.slices == 1 for step in revwire.plan_of(model).steps)
 
 
-def test_level_names_follow_the_chains():
-    model = model_of("swin_tiny_patch4_window7_224")
-    names = budget._in_order(revwire.plan(model, inputs_of("swin_tiny_patch4_window7_224")))
-    assert names[0].startswith("layers.3")
-    assert names[-1].startswith("layers.0")
+def levels_of(name):
+    model = model_of(name)
+    return budget.Levels.of(Recording.of(model, inputs_of(name)))
+
+
+def test_steps_of_short_trunks_keep_their_graph_first():
+    steps = levels_of("swin_tiny_patch4_window7_224").steps
+    assert steps[0].startswith("layers.3")
+    assert steps[-1].startswith("layers.0")
+
+
+def test_anchors_go_first_where_they_spare_most():
+    levels = levels_of("vit_tiny_patch16_224")
+    half = len(levels.steps) // 2
+    # the last product of an MLP is four times that of an attention
+    assert all(name.endswith("#1") for name in levels.anchored[:half])
+    assert levels.enough == half
+    dials = levels.dials(("keep", 1), half)
+    assert dials.anchor == levels.anchored[:half]
+    assert dials.keep is None
+    everything = levels.dials(("checkpoint", 4), levels.most)
+    assert (everything.keep, everything.anchor) == (levels.steps, None)
+    assert (everything.chunks, everything.transitions) == (4, "checkpoint")
+
+
+def test_what_an_anchor_spares_is_counted_from_the_last_saved_tensor():
+    class Block(torch.nn.Module):
+        def __init__(self, *after):
+            super().__init__()
+            self.branch = torch.nn.Sequential(
+                torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4), *after
+            )
+
+        def forward(self, x):
+            return x + self.branch(x)
+
+    for after, wanted in (((), 2 * 3 * 8 * 4), ((torch.nn.GELU(),), 0)):
+        net = torch.nn.Sequential(Block(*after), Block(*after))
+        residuals = Recording.of(net, torch.zeros(3, 4)).found.residuals
+        assert [spared(residual) for residual in residuals] == [wanted, wanted]
 
 
 def test_the_command_prints_a_table_or_json():

@@ -1,12 +1,13 @@
 """Choosing the dials so that a training step fits into given memory and loses as little time as it can.
 
-Fastest first: steps that keep their graph cost no second run; anchored steps stop theirs before its last product; then
-the transitions are run again; then branches are cut into slices. Steps of short trunks keep first: a late stage's
-graph is small for the time that its second run would take.
+Fastest first: steps that keep their graph cost no second run; anchored steps stop theirs before its last product, those
+first where that spares most; then the transitions are run again; then branches are cut into slices. Steps of short
+trunks keep first: a late stage's graph is small for the time that its second run would take.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -15,19 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from revwire.dials import Dials
 from revwire.errors import RewireError
+from revwire.memory.cost import spared
 from revwire.memory.estimate import Optimizer, estimate, in_words, size_of
+from revwire.slicing import kind_of
+from revwire.surgery import nothing_to_rewire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
     from torch import nn
 
     from revwire.dials import Transitions
     from revwire.memory.measure import Loss
-    from revwire.plan import Plan
+    from revwire.surgery import Recording
 
 _LOG = logging.getLogger("revwire")
+_ALMOST_ALL = 0.75
+"""Of what anchors can spare; in a vision transformer those of the MLPs alone spare 0.8."""
 
 _SETTINGS: tuple[tuple[Transitions, int], ...] = (
     ("keep", 1),
@@ -59,7 +65,7 @@ class Budget:
 
 
 def dials_within(
-    model: nn.Module, example_inputs: Any, budget: str | int | Budget, plan: Plan, options: Mapping[str, Any]
+    model: nn.Module, example_inputs: Any, budget: str | int | Budget, recording: Recording
 ) -> Dials:
     """The dials with which a step of `model` on these inputs fits.
 
@@ -67,32 +73,22 @@ def dials_within(
         model: The model as it was built.
         example_inputs: As for `revwire.rewire`; of the shapes of the step.
         budget: What it has to fit into.
-        plan: What will be rewired.
-        options: The other arguments of `revwire.rewire`.
+        recording: A run of the model.
 
     Raises:
-        RewireError: nothing fits; the message says by how much.
+        RewireError: nothing to rewire, or nothing fits; the message says by how much.
     """
+    if not recording.fresh.chains:
+        raise RewireError(nothing_to_rewire(recording.fresh))
     wanted = budget if isinstance(budget, Budget) else Budget(budget)
     limit = size_of(wanted.limit)
-    names = _in_order(plan)
+    levels = Levels.of(recording)
     peaks: dict[Dials, int] = {}
 
     def peak(setting: tuple[Transitions, int], level: int) -> int:
-        dials = _dials(names, setting, level)
+        dials = levels.dials(setting, level)
         if dials not in peaks:
-            row = estimate(
-                model,
-                example_inputs,
-                strategies={"": {**options, **vars(dials)}},
-                optimizer=wanted.optimizer,
-                loss_fn=wanted.loss_fn,
-                autocast=wanted.autocast,
-                device=wanted.device,
-            ).rows[0]
-            if row.failure:
-                raise RewireError(f"budget: the step cannot be estimated: {row.failure}")
-            peaks[dials] = row.peak
+            peaks[dials] = _peak(model, example_inputs, wanted, recording, dials)
         return peaks[dials]
 
     smallest, chosen = math.inf, None
@@ -107,30 +103,81 @@ def dials_within(
         if lowest <= limit:
             chosen = setting
             # slices cost less than second runs that go on to their last product
-            if peak(setting, len(names)) <= limit:
+            if peak(setting, levels.enough) <= limit:
                 break
-    if chosen is not None:
-        level = _highest(partial(peak, chosen), 2 * len(names), limit)
-        _LOG.info("%s", _told(limit, peak(chosen, level), chosen, level, len(names)))
-        return _dials(names, chosen, level)
-    raise RewireError(
-        f"budget: the step needs at least {in_words(smallest)}, {in_words(smallest - limit)} more than "
-        f"{in_words(limit)}; take a smaller batch (revwire.estimate(model, limit=...) says which fits), an "
-        "optimizer with less state, or autocast"
-    )
+    if chosen is None:
+        raise RewireError(
+            f"budget: the step needs at least {in_words(smallest)}, {in_words(smallest - limit)} more than "
+            f"{in_words(limit)}; take a smaller batch (revwire.estimate(model, limit=...) says which fits), an "
+            "optimizer with less state, or autocast"
+        )
+    level = _highest(partial(peak, chosen), levels.most, limit)
+    _LOG.info("%s", _told(limit, peak(chosen, level), chosen, level, len(levels.steps)))
+    return levels.dials(chosen, level)
 
 
-def _in_order(plan: Plan) -> tuple[str, ...]:
-    """The steps, those of short trunks first, and each chain's from its beginning: kept so, nothing is kept twice."""
-    chains = sorted(plan.chains, key=lambda chain: math.prod(chain.steps[0].trunk))
-    return tuple(dict.fromkeys(step.name for chain in chains for step in chain.steps))
+def _peak(model: nn.Module, example_inputs: Any, budget: Budget, recording: Recording, dials: Dials) -> int:
+    chosen = dials.turned(recording.fresh, recording.found)
+    row = estimate(
+        model,
+        example_inputs,
+        strategies={"": partial(recording.rewire, chosen=chosen)},
+        optimizer=budget.optimizer,
+        loss_fn=budget.loss_fn,
+        autocast=budget.autocast,
+        device=budget.device,
+    ).rows[0]
+    if row.failure:
+        raise RewireError(f"budget: the step cannot be estimated: {row.failure}")
+    return row.peak
 
 
-def _dials(names: tuple[str, ...], setting: tuple[Transitions, int], level: int) -> Dials:
-    """The dials at a level: the first steps anchored, up to all of them; then the first of those kept, up to all."""
-    transitions, chunks = setting
-    kept = max(0, level - len(names))
-    return Dials(chunks, names[:kept] or None, names[kept:level] or None, transitions)
+@dataclass(frozen=True)
+class Levels:
+    """From nothing kept (level 0) to all graphs kept: at each level one step more is anchored, then one more keeps.
+
+    Attributes:
+        steps: Names, those of short trunks first, and each chain's from its beginning: kept so, nothing is kept twice.
+        anchored: The same names, those first that spare most of a second run for the bytes of an anchor.
+        enough: The level from which almost all is spared that anchors can spare.
+    """
+
+    steps: tuple[str, ...]
+    anchored: tuple[str, ...]
+    enough: int
+
+    @classmethod
+    def of(cls, recording: Recording) -> Levels:
+        """The levels of a recorded model."""
+        chains = sorted(recording.fresh.chains, key=lambda chain: math.prod(chain.steps[0].trunk))
+        steps = {step.name: step for chain in chains for step in chain.steps}
+        kinds: dict[Any, int] = {}
+        spares: dict[str, int] = {}
+        for step in steps.values():
+            residual = recording.found.residual(step)
+            assert residual is not None
+            kind = kind_of(residual)
+            if kind not in kinds:
+                kinds[kind] = spared(residual)
+            spares[step.name] = kinds[kind]
+        worth = {name: spares[name] / math.prod(step.trunk) for name, step in steps.items()}
+        anchored = sorted(steps, key=lambda name: -worth[name])
+        reached = itertools.accumulate(spares[name] for name in anchored)
+        wanted = _ALMOST_ALL * sum(spares.values())
+        enough = next((i for i, so_far in enumerate(reached, 1) if so_far >= wanted), len(steps))
+        return cls(tuple(steps), tuple(anchored), enough)
+
+    @property
+    def most(self) -> int:
+        """The highest level: all graphs are kept."""
+        return 2 * len(self.steps)
+
+    def dials(self, setting: tuple[Transitions, int], level: int) -> Dials:
+        """The dials at a level."""
+        transitions, chunks = setting
+        kept = self.steps[: max(0, level - len(self.steps))]
+        anchored = tuple(name for name in self.anchored[:level] if name not in kept)
+        return Dials(chunks, kept or None, anchored or None, transitions)
 
 
 def _highest(peak: Callable[[int], int], most: int, limit: int) -> int:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from revwire.dials import Dials
 from revwire.errors import RevwireError
 from revwire.memory.fake_step import TrainingStep
 from revwire.memory.measure import Loss, mean_square
-from revwire.surgery import call_arguments
+from revwire.memory.strategies import STRATEGIES
+from revwire.surgery import Recording, call_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -165,10 +168,11 @@ def estimate(
     bytes_ = None if limit is None else size_of(limit)
     place = torch.device(device) if device is not None else _device_of(model)
     step = TrainingStep(args, kwargs, _optimizer(optimizer), loss_fn or mean_square, autocast, place)
+    shared = _Recordings(step, model)
     rows = []
     for name, strategy in named.items():
         say(name)
-        rows.append(_row(name, strategy, model, step, bytes_, vary))
+        rows.append(_row(name, strategy, shared, step, bytes_, vary))
     shapes = tuple(tuple(tensor.shape) for tensor in step.tensors)
     called = (
         optimizer if isinstance(optimizer, str) else "no optimizer" if optimizer is None else "own optimizer"
@@ -198,12 +202,38 @@ def in_words(size: float) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
+class _Recordings:
+    """The model made ready in several ways; rewired ones that differ in their dials alone share one recorded run."""
+
+    def __init__(self, step: TrainingStep, model: nn.Module) -> None:
+        self._step, self._model = step, model
+        self._recordings: dict[str, Recording] = {}
+
+    def prepared(self, strategy: Strategy) -> nn.Module:
+        """A copy of the model, made ready for one way of doing the step."""
+        options = STRATEGIES.get(strategy) if isinstance(strategy, str) else strategy
+        if isinstance(options, Mapping) and not options.keys() & {"plan", "budget"}:
+            strategy = partial(self._rewired, options)
+        return self._step.prepared(self._model, strategy)
+
+    def _rewired(self, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
+        turned = {f.name for f in fields(Dials)} & options.keys()
+        others = {name: value for name, value in options.items() if name not in turned}
+        key = repr(sorted(others.items()))
+        if key not in self._recordings:
+            model_on_meta, inputs = self._step.on_meta(self._model)
+            self._recordings[key] = Recording.of(model_on_meta, inputs, **others)
+        recording = self._recordings[key]
+        dials = Dials(**{name: options[name] for name in turned})
+        return recording.rewire(model, dials.turned(recording.fresh, recording.found))
+
+
 def _row(
-    name: str, strategy: Strategy, model: nn.Module, step: TrainingStep, limit: int | None, vary: int
+    name: str, strategy: Strategy, shared: _Recordings, step: TrainingStep, limit: int | None, vary: int
 ) -> Estimate:
     size = step.varied(vary) if limit is not None else 0
     try:
-        prepared = step.prepared(model, strategy)
+        prepared = shared.prepared(strategy)
         found = Estimate(name, **vars(step.run(prepared)))
         if limit is None:
             return found

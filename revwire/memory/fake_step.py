@@ -54,9 +54,13 @@ class TrainingStep:
 
     def prepared(self, model: nn.Module, strategy: Strategy) -> nn.Module:
         """A copy of the model on the meta device, made ready for one way of doing the step."""
-        on_meta = partial(_empty_like, device=torch.device("meta"))
-        args, kwargs = tree_map(on_meta, (self.args, self.kwargs))
-        return treated(_moved(model, on_meta), kwargs or args, strategy)
+        return treated(*self.on_meta(model), strategy)
+
+    def on_meta(self, model: nn.Module) -> tuple[nn.Module, Any]:
+        """A copy of the model on the meta device, and what it is called with."""
+        move = partial(empty_like, device=torch.device("meta"))
+        args, kwargs = tree_map(move, (self.args, self.kwargs))
+        return moved(model, move), kwargs or args
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -94,8 +98,8 @@ class TrainingStep:
     def run(self, prepared: nn.Module) -> Figures:
         """The figures of one model made ready."""
         with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
-            stand_in = partial(_empty_like, device=self.device)
-            model = _moved(prepared, stand_in)
+            stand_in = partial(empty_like, device=self.device)
+            model = moved(prepared, stand_in)
             of_model = meter.live
             with meter.phase("inputs"):
                 args, kwargs = tree_map(stand_in, (self.args, self.kwargs))
@@ -232,7 +236,7 @@ def _paths(meter: _Meter, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
+def moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of a model with other tensors for its parameters and buffers; theirs are not copied."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -243,7 +247,8 @@ def _moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _empty_like(leaf: Any, device: torch.device) -> Any:
+def empty_like(leaf: Any, device: torch.device) -> Any:
+    """A tensor of the same shape, strides and dtype, with no values; anything else as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)

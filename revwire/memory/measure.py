@@ -91,6 +91,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (
+            func.namespace == "prim"
+        ):  # asks a fake tensor for its device; there are as many of these as of all others
+            return out
         # torch.tensor(...) hands its fresh tensor to this one operator: it has an argument, yet nothing older
         fresh = func is torch.ops.aten.lift_fresh.default
         given = set() if fresh else {id(storage) for storage in _storages((args, kwargs))}

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from revwire import rewiring
 from revwire.errors import RevwireError
 
-if TYPE_CHECKING:
-    from torch import nn
-
-Strategy = str | Mapping[str, Any]
-"""`"plain"`, `"checkpoint"`, one of `STRATEGIES`, or the keyword arguments of `revwire.rewire`."""
+Strategy = str | Mapping[str, Any] | Callable[[nn.Module], nn.Module]
+"""`"plain"`, `"checkpoint"`, one of `STRATEGIES`, the keyword arguments of `revwire.rewire`, or a function."""
 
 STRATEGIES: dict[str, Mapping[str, Any] | None] = {
     "plain": None,
@@ -45,8 +43,8 @@ def treated(model: nn.Module, inputs: Any, strategy: Strategy) -> nn.Module:
             return model
         if strategy == "checkpoint":
             return checkpointed(model, inputs)
-    options = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
-    return rewiring.rewire(model, inputs, **(options or {}))
+        strategy = STRATEGIES[strategy] or {}
+    return strategy(model) if callable(strategy) else rewiring.rewire(model, inputs, **strategy)
 
 
 def checkpointed(model: nn.Module, inputs: Any) -> nn.Module:
