@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +54,21 @@ RunStep = Callable[..., Any]
 Returns the trunk after the step; a tuple of it and of what the frame uses of the branch, if there is such."""
 
 
-def step_code(residual: Residual) -> StepCode:
-    """The branch of a residual as functions of `(self, x, *sides)`."""
-    inside, sides = residual.inside, residual.sides
-    branch = _function(residual, "branch", residual.skip, inside, sides, residual.terms, residual.shared)
+def step_code(residual: Residual, without: Sequence[fx.Node] = ()) -> StepCode:
+    """The branch of a residual as functions of `(self, x, *sides)`.
+
+    Args:
+        residual: What to write.
+        without: Calls of one tensor that the branch ends with, in order, to leave out of its function.
+    """
+    sides = residual.sides
+    terms = tuple(without[0].all_input_nodes) if without else residual.terms
+    inside = tuple(node for node in residual.inside if node not in without)
+    branch = _function(residual, "branch", residual.skip, inside, sides, terms, residual.shared)
     post = None
     if residual.post:
         post = _function(residual, "post", residual.total, residual.post, sides, (residual.result,))
-    nodes = (*inside, *residual.post)
+    nodes = (*residual.inside, *residual.post)
     read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
     return StepCode(
         branch,
@@ -172,6 +179,11 @@ def _compile(graph: fx.Graph, filename: str) -> Callable[..., Any]:
     linecache.cache[filename] = (len(code.src), None, lines, filename)  # tracebacks show the generated line
     function: Callable[..., Any] = namespace["forward"]
     return function
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """The text of a function that was generated here."""
+    return "".join(linecache.getlines(function.__code__.co_filename))
 
 
 def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from revwire._torch import TreeSpec, not_compiled
+from revwire._torch import TreeSpec, not_compiled, only_shapes
 from revwire.branch import Branch, Cut
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
+from revwire.compiling import compiled_code
 from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
@@ -46,12 +47,14 @@ class Options:
         sliced: Run branches slice by slice where the plan says so; False runs them whole, for comparison.
         replay: Drop what branches save and run them again in backward; False keeps everything, as plain autograd
             through the same recurrence does, for comparison.
+        compile: Run branches by torch.compile; on fake tensors they run as they are.
     """
 
     coupling: Coupling
     replay: bool = True
     exact: Exact = False
     sliced: bool = True
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ class Program:
                     raise TraceFailure(f"has no residual here: {residual.refused}")
                 if (chosen := residual.with_post(planned.post)) is None:
                     raise TraceFailure(f"has no {planned.post} after the sum, as was planned")
-                steps[chosen] = self._runner(planned, step_code(chosen))
+                compiled = compiled_code(chosen) if self.options.compile else None
+                steps[chosen] = self._runner(planned, step_code(chosen), compiled)
         if len(steps) != len(self.planned):
             raise TraceFailure(f"has {len(steps)} residuals where {len(self.planned)} are planned")
         assert frame.spec is not None
@@ -202,11 +206,12 @@ class Program:
         )
 
     @staticmethod
-    def _runner(planned: Planned, code: StepCode) -> Callable[..., Any]:
+    def _runner(planned: Planned, code: StepCode, compiled: StepCode | None) -> Callable[..., Any]:
         # reads the options from the module it runs for: deep copies share this code, not their options
         def run(module: nn.Module, trunk: Any, *sides: Any) -> Any:
             options = module.__dict__[PROGRAM].options
-            return run_step(module, planned, code, options, trunk, settle(sides))
+            fast = compiled if options.compile and not only_shapes() else None
+            return run_step(module, planned, fast or code, options, trunk, settle(sides))
 
         run.__name__ = run.__qualname__ = "step"
         return run

@@ -70,6 +70,7 @@ def rewire(
     transitions: Transitions = "keep",
     budget: str | int | Budget | None = None,
     plan: Plan | None = None,
+    compile: bool = False,  # noqa: A002 - as torch and Lightning name it
 ) -> nn.Module:
     """Turn the chains of residual blocks of `model` into reversible ones, in place.
 
@@ -101,6 +102,8 @@ def rewire(
             time as it can, by `revwire.estimate`, and the choice is logged. Takes some steps on fake tensors.
         plan: A plan made earlier (of the same architecture); its chains are rewired instead of a fresh choice, with
             the dials that it was made with.
+        compile: Have torch.compile run the branches: one compilation for all blocks that are alike. The first steps
+            take as long as compiling does; kernels are fused, so numbers differ by rounding.
 
     Returns:
         The same model.
@@ -124,7 +127,7 @@ def rewire(
         chosen = dials.turned(recording.fresh, recording.found)
     else:
         chosen = fitting(plan, recording.fresh, recording.found)
-    recording.rewire(model, chosen)
+    recording.rewire(model, chosen, compiled=compile)
     for warning in chosen.warnings:
         warnings.warn(warning, stacklevel=2)
     return model

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from revwire.codegen import step_code
 from revwire.specimen import make_branches_count
+from revwire.structure import plain_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from revwire.branch import Cut
     from revwire.residual import Residual
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
 _DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
 _REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)
 """What a branch raises that insists on the size it was written for."""
@@ -88,9 +88,7 @@ def mixes_now(modules: Sequence[nn.Module]) -> bool:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """A module's class and its plain attributes, but for its mode."""
-    held = ((k, repr(v)) for k, v in vars(module).items() if k != "training" and isinstance(v, _PLAIN))
-    return type(module), tuple(sorted(held))
+    return type(module), plain_attributes(module)
 
 
 def _dimensions(shape: Sequence[int]) -> list[int]:
@@ -132,6 +130,8 @@ class _Trial:
             found = self._agrees_at(small, dim, cut)
             if found is False:
                 return False
+            if found and dim == 0:
+                return True  # whether samples mix is no matter of how many positions they have
             if found:
                 break
         return bool(self._agrees_at((samples, *self.shape[1:]), dim, cut))

@@ -218,7 +218,7 @@ class _Recordings:
 
     def _rewired(self, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
         turned = {f.name for f in fields(Dials)} & options.keys()
-        others = {name: value for name, value in options.items() if name not in turned}
+        others = {name: value for name, value in options.items() if name not in {*turned, "compile"}}
         key = repr(sorted(others.items()))
         if key not in self._recordings:
             model_on_meta, inputs = self._step.on_meta(self._model)
