@@ -28,7 +28,7 @@ from torch.nn import functional
 from benchmarks import record
 from benchmarks.report import METHOD, document, progress_bar, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES, worth_measuring
+from benchmarks.strategies import STRATEGIES, strategies_for, worth_measuring
 from revwire.errors import RevwireError
 from revwire.memory.estimate import estimate
 from revwire.memory.strategies import STRATEGIES as ESTIMATED
@@ -186,7 +186,8 @@ def main(
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
     with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
-        rows = run(cases, strategies, rounds=rounds, autocast=amp.dtype, progress=progress)
+        ways = strategies_for(strategies, amp.dtype)
+        rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)
     if estimated:

@@ -1,14 +1,19 @@
-"""The ways of doing a training step that are measured: those that revwire estimates, and one that moves tensors."""
+"""The ways of doing a training step that are measured: those that revwire estimates, and some more.
+
+Of these, `budget=checkpoint` and `budget=plain` are rewired with the memory that the other way takes for a budget.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
+import revwire
 from revwire.memory.strategies import STRATEGIES as ESTIMATED
 from revwire.memory.strategies import treated
 
@@ -31,12 +36,34 @@ def _on_gpu(model: nn.Module) -> bool:
     return any(p.is_cuda for p in model.parameters())
 
 
+def budgeted(model: nn.Module, inputs: Any, *, like: str, autocast: torch.dtype | None = None) -> nn.Module:
+    """Rewire with the estimated memory of another way for a budget."""
+    limit = revwire.estimate(model, inputs, strategies=[like], optimizer=None, autocast=autocast).rows[0].peak
+    return revwire.rewire(model, inputs, budget=revwire.Budget(limit, optimizer=None, autocast=autocast))
+
+
 def worth_measuring(device: str) -> list[str]:
     """The strategies that say something on a kind of device: a CPU has no other memory to move tensors to."""
-    return [name for name in STRATEGIES if name != "offload" or not device.startswith("cpu")]
+    return [
+        name for name in STRATEGIES if name not in {"offload", "compiled"} or not device.startswith("cpu")
+    ]
 
 
+def strategies_for(names: Iterable[str], autocast: torch.dtype | None) -> dict[str, Strategy]:
+    """Some of `STRATEGIES`, for a step under autocast."""
+    chosen = {name: STRATEGIES[name] for name in names}
+    return {
+        name: partial(strategy, autocast=autocast) if strategy in BUDGETED.values() else strategy
+        for name, strategy in chosen.items()
+    }
+
+
+BUDGETED: dict[str, Strategy] = {
+    f"budget={like}": partial(budgeted, like=like) for like in ("checkpoint", "plain")
+}
 STRATEGIES: dict[str, Strategy] = {
     **{name: partial(treated, strategy=name) for name in ESTIMATED},
+    **BUDGETED,
+    "compiled": partial(treated, strategy={"compile": True}),
     "offload": offloaded,
 }

@@ -204,7 +204,7 @@ class Watch:
             link_to, previous, held = self._waiting.popleft()
             if held() or (link := link_to()) is None:
                 continue
-            link.anchor = previous
+            link.anchored, link.anchor = True, previous
             if not self._told:
                 self._told = True
                 warnings.warn(

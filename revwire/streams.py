@@ -157,7 +157,7 @@ class Streams:
             link.inverse, link.weights = weights.retreat, weights
             return weights.advance(self.previous, self.current, out)
         # nothing below the first step with a ticket is ever reconstructed
-        keep, dropped = not link.bottom and link.anchor is None, dropped_bits(self.coupling)
+        keep, dropped = not link.bottom and not link.anchored, dropped_bits(self.coupling)
         pair = self.previous, self.current
         following, link.inverse = self.grid.advance(weights, dropped, *pair, out, keep=keep)
         if keep:

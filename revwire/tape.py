@@ -48,16 +48,17 @@ class Opened:
     Attributes:
         current: `x[i]`, and `following`, `x[i+1]`.
         waiting: The slices that are still to run.
+        last: Whether no later backward will ask for this step's pair again.
         own: Whether `following` is needed by no one else, so that `x[i-1]` may take its memory.
         out: The branch's output, as far as it is there; not used where slices become `x[i-1]` one by one.
     """
 
-    __slots__ = ("current", "following", "out", "own", "waiting")
+    __slots__ = ("current", "following", "last", "out", "own", "waiting")
 
-    def __init__(self, pair: Pair, slices: int, *, own: bool) -> None:
+    def __init__(self, pair: Pair, slices: int, *, last: bool, own: bool) -> None:
         self.current, self.following = pair
         self.waiting = set(range(slices))
-        self.own = own
+        self.last, self.own = last, own
         self.out: Tensor | None = None
 
 
@@ -109,7 +110,8 @@ class Link:
         taken: Whether some step has continued from here; a second one has to enter anew.
         end: The pair after this step while no other step has continued, with its in-place versions.
         bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
-        anchor: `x[i-1]` where it was kept, with its in-place version; it is not reconstructed then.
+        anchored: Whether `x[i-1]` was kept, and is not reconstructed.
+        anchor: It, with its in-place version, until a backward that does not retain the graph has used it.
         inverse: From `x[i+1]`, `x[i]` and `F_i(x[i])` to `x[i-1]`.
         weights: The coefficients, where the inverse is these alone, value by value.
         undo: Takes the pair back through the rearrangements between the step before and this one.
@@ -123,6 +125,7 @@ class Link:
         self.next: Link | None = None
         self.taken = False
         self.end: tuple[Pair, tuple[int, int]] | None = None
+        self.anchored = False
         self.anchor: Kept | None = None
         self.undo: tuple[Callable[[Tensor], Tensor], ...] = ()
         self.runs: list[BranchRun] = []
@@ -151,7 +154,7 @@ class Link:
 
     def keep(self, previous: Tensor) -> None:
         """Keep `x[i-1]`: it will not be reconstructed."""
-        self.anchor = previous.detach(), previous._version
+        self.anchored, self.anchor = True, (previous.detach(), previous._version)
 
     def follow(self, before: Link | None, previous: Tensor, current: Tensor) -> None:
         """Become the end of the chain, with the pair that backward starts from, in place of `before`."""
@@ -204,7 +207,7 @@ class Link:
 
     @property
     def _needs_output(self) -> bool:
-        return self.anchor is None and not self.bottom
+        return not self.anchored and not self.bottom
 
     def _slice(self, whole: Tensor, part: int) -> Tensor:
         cut = self.branch.cut
@@ -215,7 +218,7 @@ class Link:
         # a pair that stays here for whoever asks next is ours twice over, which no count shows
         stays = self.next is None and self.end is not None
         own = self.weights is not None and self._needs_output and not stays and solely_held(pair[1])
-        opened = now.opened[self.position] = Opened(pair, len(self.runs), own=own)
+        opened = now.opened[self.position] = Opened(pair, len(self.runs), last=last, own=own)
         return opened
 
     def _done(self, now: Pass, part: int, out: Tensor | None) -> None:
@@ -256,10 +259,14 @@ class Link:
 
     def _previous(self, opened: Opened) -> Tensor:
         """`x[i-1]`."""
-        if self.anchor is not None:
+        if self.anchored:
+            if self.anchor is None:
+                raise self._freed("the input")
             previous, version = self.anchor
             if previous._version != version:
                 raise self._modified("the input")
+            if opened.last and _frees_graph():
+                self.anchor = None
             return previous
         if opened.own and self.branch.cut is not None:
             return opened.following
@@ -272,19 +279,27 @@ class Link:
         if self.next is not None:
             return now.below.pop(self.next.position)
         if self.end is None:
-            raise ReplayError(
-                f"{self.branch.name}: the end of its chain was freed by an earlier backward(); "
-                "give that one retain_graph=True"
-            )
+            raise self._freed("the end")
         pair, versions = self.end
         if tuple(t._version for t in pair) != versions:
             raise self._modified("the output")
-        if last and backward_pass() != -1 and not keeps_graph():
+        if last and _frees_graph():
             self.end = None
         return pair
+
+    def _freed(self, what: str) -> ReplayError:
+        return ReplayError(
+            f"{self.branch.name}: {what} of its chain was freed by an earlier backward(); give that one "
+            "retain_graph=True"
+        )
 
     def _modified(self, what: str) -> ReplayError:
         return ReplayError(
             f"{self.branch.name}: {what} of its chain has been modified by an inplace operation, and backward needs it "
             "as it was; use the out-of-place form of that operation"
         )
+
+
+def _frees_graph() -> bool:
+    """Whether the backward pass that this thread runs frees what it has used."""
+    return backward_pass() != -1 and not keeps_graph()

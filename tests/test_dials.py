@@ -221,6 +221,33 @@ def test_what_each_dial_holds():
     assert fewer < plain - 2 * trunk
 
 
+def test_anchors_are_freed_as_backward_goes():
+    """As the inputs of checkpoints are: they are gone when the first step's gradients are made."""
+    x = x_of(32)
+    at_first = []
+    for anchor in (None, "first.*"):
+        model = revwire.rewire(net(), x, anchor=anchor)
+        results(model, x)
+        with LiveBytes() as meter:
+            out = loss(model(x))
+            weight = model.first[0].attn.norm.weight
+            weight.register_hook(lambda _, meter=meter: at_first.append(meter.live))
+            out.backward()
+    without, with_anchors = at_first
+    assert with_anchors - without <= x.nbytes
+
+
+def test_a_second_backward_through_freed_anchors_says_so():
+    model = revwire.rewire(net(), x_of(), anchor="*")
+    inner = []
+    model.first[1].mlp[1].register_forward_hook(lambda *args: inner.append(args[2]))
+    out = loss(model(x_of()))
+    out.backward(retain_graph=True)
+    out.backward()
+    with pytest.raises((ReplayError, RuntimeError), match=r"freed|second time"):
+        out.backward()
+
+
 def test_slices_lower_the_peak():
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=48, num_heads=3, depth=4).train()
