@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from revwire.dials import Dials
+from revwire.dials import Dials, Transitions
 from revwire.errors import RewireError
 from revwire.memory.cost import spared
 from revwire.memory.estimate import Optimizer, estimate, in_words, size_of
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from revwire.dials import Transitions
     from revwire.memory.measure import Loss
     from revwire.surgery import Recording
 
@@ -35,7 +34,10 @@ _LOG = logging.getLogger("revwire")
 _ALMOST_ALL = 0.75
 """Of what anchors can spare; in a vision transformer those of the MLPs alone spare 0.8."""
 
-_SETTINGS: tuple[tuple[Transitions, int], ...] = (
+Setting = tuple[Transitions, int]
+"""What the transitions hold, and in how many slices branches run."""
+
+_SETTINGS: tuple[Setting, ...] = (
     ("keep", 1),
     ("checkpoint", 1),
     ("checkpoint", 2),
@@ -85,12 +87,27 @@ def dials_within(
     levels = Levels.of(recording)
     peaks: dict[Dials, int] = {}
 
-    def peak(setting: tuple[Transitions, int], level: int) -> int:
+    def peak(setting: Setting, level: int) -> int:
         dials = levels.dials(setting, level)
         if dials not in peaks:
             peaks[dials] = _peak(model, example_inputs, wanted, recording, dials)
         return peaks[dials]
 
+    if peak(_SETTINGS[0], levels.most) <= limit:
+        return _say(limit, peak(_SETTINGS[0], levels.most), levels, _SETTINGS[0], levels.most)
+    chosen, smallest = _setting(peak, levels.enough, limit)
+    if chosen is None:
+        raise RewireError(
+            f"budget: the step needs at least {in_words(smallest)}, {in_words(smallest - limit)} more than "
+            f"{in_words(limit)}; take a smaller batch (revwire.estimate(model, limit=...) says which fits), an "
+            "optimizer with less state, or autocast"
+        )
+    level = _highest(partial(peak, chosen), levels.most, limit)
+    return _say(limit, peak(chosen, level), levels, chosen, level)
+
+
+def _setting(peak: Callable[[Setting, int], int], enough: int, limit: int) -> tuple[Setting | None, float]:
+    """The setting that loses the least time within the limit, if one fits; and the smallest peak there is."""
     smallest, chosen = math.inf, None
     for setting in _SETTINGS:
         try:
@@ -103,17 +120,9 @@ def dials_within(
         if lowest <= limit:
             chosen = setting
             # slices cost less than second runs that go on to their last product
-            if peak(setting, levels.enough) <= limit:
+            if peak(setting, enough) <= limit:
                 break
-    if chosen is None:
-        raise RewireError(
-            f"budget: the step needs at least {in_words(smallest)}, {in_words(smallest - limit)} more than "
-            f"{in_words(limit)}; take a smaller batch (revwire.estimate(model, limit=...) says which fits), an "
-            "optimizer with less state, or autocast"
-        )
-    level = _highest(partial(peak, chosen), levels.most, limit)
-    _LOG.info("%s", _told(limit, peak(chosen, level), chosen, level, len(levels.steps)))
-    return levels.dials(chosen, level)
+    return chosen, smallest
 
 
 def _peak(model: nn.Module, example_inputs: Any, budget: Budget, recording: Recording, dials: Dials) -> int:
@@ -172,7 +181,7 @@ class Levels:
         """The highest level: all graphs are kept."""
         return 2 * len(self.steps)
 
-    def dials(self, setting: tuple[Transitions, int], level: int) -> Dials:
+    def dials(self, setting: Setting, level: int) -> Dials:
         """The dials at a level."""
         transitions, chunks = setting
         kept = self.steps[: max(0, level - len(self.steps))]
@@ -196,13 +205,14 @@ def _highest(peak: Callable[[int], int], most: int, limit: int) -> int:
     return low
 
 
-def _told(limit: int, peak: int, setting: tuple[Transitions, int], level: int, steps: int) -> str:
-    kept = max(0, level - steps)
-    said = [
-        f"{kept} of {steps} steps keep their graph" if kept else "",
-        f"{min(level, steps) - kept} keep an input",
-    ]
-    said += [f"branches run in {setting[1]} slices" if setting[1] > 1 else ""]
-    said += ["transitions run again" if setting[0] == "checkpoint" else ""]
+def _say(limit: int, peak: int, levels: Levels, setting: Setting, level: int) -> Dials:
+    """Log what was chosen, and return it."""
+    dials = levels.dials(setting, level)
+    kept, anchored = (len(names) if isinstance(names, tuple) else 0 for names in (dials.keep, dials.anchor))
+    said = [f"{kept} of {len(levels.steps)} steps keep their graph" if kept else ""]
+    said += [f"{anchored} keep an input" if anchored or not kept else ""]
+    said += [f"branches run in {dials.chunks} slices" if dials.chunks != 1 else ""]
+    said += ["transitions run again" if dials.transitions == "checkpoint" else ""]
     sizes = f"{in_words(peak)} of {in_words(limit)}"
-    return f"budget: the step takes {sizes}: {', '.join(filter(None, said))}"
+    _LOG.info("budget: the step takes %s: %s", sizes, ", ".join(filter(None, said)))
+    return dials
