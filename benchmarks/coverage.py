@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from revwire.plan import Plan
+    from revwire.plans import Plan
 
 NAME = "coverage"
 PATIENCE_S = 600

@@ -22,7 +22,7 @@ from revwire.structure import is_object, snapshot, tree_leaves, tree_map
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from revwire.plan import Mode
+    from revwire.plans import Mode
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from revwire.plans import Plan
+
 _FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar"}
 _WIDTH_OF_A_PIPE = 110  # columns of a table where no terminal says how many there are
 
@@ -77,6 +79,38 @@ class _Result(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+def _write_page(
+    path: Path,
+    name: str,
+    made: Plan,
+    network: nn.Module,
+    size: tuple[int, int, int] | None,
+    batch: int,
+    options: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    from revwire.memory.estimate import estimate as of_steps
+    from revwire.memory.strategies import STRATEGIES
+    from revwire.page import page
+
+    network.train()
+    found = None
+    if made.chains:
+        rewired = {n: {**(STRATEGIES[n] or {}), **options} for n in ("rewired", "lean")}
+        ways = {"plain": "plain", "checkpoint": "checkpoint", **rewired}
+        found = of_steps(
+            network,
+            _batch_of(network, name, size, batch),
+            strategies=ways,
+            progress=lambda way: say(f"estimating {name}: {way}"),
+        )
+    try:
+        path.write_text(page(name, made, found), "utf-8")
+    except OSError as error:
+        raise RevwireError(f"cannot write {path}: {error.strerror}") from error
+    typer.echo(f"written: {path}", err=True)
+
+
 def _version(asked: bool) -> None:
     if asked:
         from revwire import __version__
@@ -111,11 +145,18 @@ def plan(
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,
     input_size: InputSizeOption = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a page too: the wiring drawn, and where a step's memory goes."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Inputs in the step of --html.")] = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Show what would be rewired, and why the rest would not; changes nothing."""
     arguments, size = _parse_arguments(model_args), _parse_size(input_size)
-    with _working(f"planning {model}"):
+    with _working(f"planning {model}") as say:
         from revwire import rewiring
 
         network, own, grid = _open(model, arch, arguments)
@@ -127,6 +168,9 @@ def plan(
             include=include or None,
             exclude=exclude or None,
         )
+        if html is not None:
+            options = {"coupling": made.coupling, "exact": made.exact, "include": include, "exclude": exclude}
+            _write_page(html, model, made, network, size, batch, options, say)
     _print(made, as_json=as_json)
 
 
@@ -143,7 +187,7 @@ def verify(
     """Measure on a copy of the model that rewiring it keeps its promises; exit code 1 if one is broken."""
     arguments, size = _parse_arguments(model_args), _parse_size(input_size)
     with _working(f"verifying {model}") as say:
-        from revwire.verify import verify as run_checks
+        from revwire.verification import verify as run_checks
 
         network, own, grid = _open(model, arch, arguments)
         report = run_checks(
@@ -189,18 +233,14 @@ def estimate(
     with _working(f"estimating {model}") as say:
         import torch
 
-        from revwire import timm_models
         from revwire.memory.estimate import COMMON
         from revwire.memory.estimate import estimate as of_steps
 
         network, _, _ = _open(model, arch, arguments)
         network.train()
-        example = _inputs(network, size) if size else timm_models.example_inputs(network)
-        if example is None:
-            raise RevwireError(f"the size of {model}'s input is not known; pass --input-size 3x224x224")
         found = of_steps(
             network,
-            torch.empty((batch, *example.shape[1:]), dtype=example.dtype, device="meta"),
+            _batch_of(network, model, size, batch),
             strategies=strategy or COMMON,
             optimizer=None if optimizer == "none" else optimizer,
             autocast=None if amp is _Amp.none else torch.bfloat16 if amp is _Amp.bf16 else torch.float16,
@@ -307,6 +347,18 @@ def _inputs(network: nn.Module, size: tuple[int, int, int] | None) -> Tensor | N
     from revwire import timm_models
 
     return timm_models.noise_images(network, size) if size else None
+
+
+def _batch_of(network: nn.Module, name: str, size: tuple[int, int, int] | None, batch: int) -> Tensor:
+    """So many inputs of the model, of shapes alone."""
+    import torch
+
+    from revwire import timm_models
+
+    example = _inputs(network, size) if size else timm_models.example_inputs(network)
+    if example is None:
+        raise RevwireError(f"the size of {name}'s input is not known; pass --input-size 3x224x224")
+    return torch.empty((batch, *example.shape[1:]), dtype=example.dtype, device="meta")
 
 
 def _parse_arguments(text: str | None) -> dict[str, Any] | None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from revwire.branch import Cut
 from revwire.errors import RewireError
-from revwire.plan import Skipped
+from revwire.plans import Skipped
 from revwire.slicing import cut_of, kind_of, refusal_of
 from revwire.transitions import find_transitions
 
 if TYPE_CHECKING:
-    from revwire.plan import Mode, Plan, Step
+    from revwire.plans import Mode, Plan, Step
     from revwire.probe import Probe
 
 Globs = str | Sequence[str] | None

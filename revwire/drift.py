@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from revwire.plan import Chain, Plan
+    from revwire.plans import Chain, Plan
     from revwire.program import Options
 
 

@@ -18,7 +18,7 @@ from torch import fx
 from revwire._torch import DataDependentOutputException
 from revwire.dataflow import rearranges
 from revwire.errors import RewireError
-from revwire.plan import Chain, Plan, Skipped, Step
+from revwire.plans import Chain, Plan, Skipped, Step
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals, name_of
 from revwire.structure import tree_leaves

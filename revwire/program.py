@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from revwire.coupling import Coupling
     from revwire.fixed import Exact
-    from revwire.plan import Mode
+    from revwire.plans import Mode
 
 PROGRAM = "_revwire_program"
 """The attribute that holds a rewired module's `Program`."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from revwire.coupling import Coupling
     from revwire.fixed import Grid
     from revwire.memory.budget import Budget
-    from revwire.plan import Plan
+    from revwire.plans import Plan
 
 
 def plan(

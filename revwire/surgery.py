@@ -30,7 +30,7 @@ from revwire.streams import settle
 from revwire.transitions import Recomputed
 
 if TYPE_CHECKING:
-    from revwire.plan import Plan
+    from revwire.plans import Plan
 
 _Maker = TypeVar("_Maker", bound=Callable[..., Any])
 _once = cast("Callable[[_Maker], _Maker]", functools.cache)  # classes are hashable, whatever their stubs say

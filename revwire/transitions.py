@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from revwire.frame import Identity
-    from revwire.plan import Plan
+    from revwire.plans import Plan
     from revwire.probe import Probe
     from revwire.program import Options
     from revwire.tape import Pair, Pass

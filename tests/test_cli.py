@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import revwire
-from revwire import checkpoint
+from revwire import checkpoint, verification
 from revwire.checkpoint import conversion
 from revwire.cli import app
 from revwire.report import Check, Report
@@ -53,8 +53,7 @@ def weights(tmp_path):
 def failed_report(monkeypatch):
     report = Report("VisionTransformer", (Check("gradients", float("nan"), 1e-5, "norm.weight"),))
     monkeypatch.setattr(conversion, "run_checks", lambda *_, **__: report)
-    # revwire.verify is the function; its module is only known to the import system
-    monkeypatch.setattr(sys.modules["revwire.verify"], "verify", lambda *_, **__: report)
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: report)
 
 
 @pytest.mark.parametrize("command", ["plan", "verify", "convert"])

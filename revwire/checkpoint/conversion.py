@@ -18,7 +18,7 @@ from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import RewireError
 from revwire.memory.measure import StepMemory, measure_step
-from revwire.verify import verify as run_checks
+from revwire.verification import verify as run_checks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from revwire.checkpoint.reader import Source
     from revwire.coupling import Coupling
     from revwire.fixed import Grid
-    from revwire.plan import Plan
+    from revwire.plans import Plan
     from revwire.report import Report
     from revwire.timm_models import Architecture
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import CheckpointError, RewireError
-from revwire.plan import Plan
+from revwire.plans import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

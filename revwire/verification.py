@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from revwire.dials import Globs
     from revwire.drift import Drifts
-    from revwire.plan import Plan
+    from revwire.plans import Plan
     from revwire.tape import Link
 
 GRADIENT_BOUND = 1e-5
