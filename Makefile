@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint bench coverage clean
+.PHONY: demo test lint bench coverage docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ bench: $(VENV)/.installed
 # every architecture of timm, torchvision and transformers; about an hour, and goes on where it was stopped
 coverage: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.coverage
+
+# the site, into build/site
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -288,6 +288,18 @@ def convert(
         _fail("the verification failed, nothing was written")
 
 
+@app.command(epilog="Example: revwire doctor --json")
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, devices and optional parts, and test revwire on a small model; exit code 1 if it fails."""
+    with _working("examining"):
+        from revwire.doctor import examine
+
+        found = examine()
+    _print(found, as_json=as_json)
+    if not found.ok:
+        _fail("revwire does not work here")
+
+
 def main() -> None:
     """Run the command line; the entry point of the installed command."""
     app(prog_name="revwire")

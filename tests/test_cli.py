@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import revwire
-from revwire import checkpoint, verification
+from revwire import checkpoint, doctor, verification
 from revwire.checkpoint import conversion
 from revwire.cli import app
 from revwire.report import Check, Report
@@ -202,3 +202,38 @@ def test_as_a_module():
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "revwire: cannot open nowhere.safetensors: No such file or directory\n"
+
+
+def test_doctor_tells_what_is_there(monkeypatch):
+    told = CliRunner().invoke(app, ["doctor", "--json"])
+    assert told.exit_code == 0, told.output
+    findings = {f["what"]: f for f in json.loads(told.stdout)["findings"]}
+    assert findings["torch"]["found"] == torch.__version__.partition("+")[0]
+    assert findings["timm"]["found"] == timm.__version__
+    assert findings["self-test"]["found"] == "gradients are right"
+    monkeypatch.setattr(doctor, "_OPTIONAL", {"no-such-package": "nothing"})
+    broken = Report("Sequential", (Check("gradients", 1.0, 1e-5),))
+    monkeypatch.setattr(verification, "verify", lambda *_: broken)
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == 1
+    assert "failed: gradients" in told.output
+    assert "not there" in told.output
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; from revwire.cli import main; sys.argv = ['revwire', '--help']\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "doctor" in done.stdout
+
+
+def test_every_public_name_is_there():
+    assert set(revwire.__all__) <= set(dir(revwire))
+    assert all(getattr(revwire, name) is not None for name in revwire.__all__)
+    # no submodule may take the place of a function of the same name
+    assert all(not hasattr(getattr(revwire, name), "__path__") for name in revwire.__all__)
+    assert callable(revwire.plan)
+    assert callable(revwire.verify)
+    with pytest.raises(AttributeError, match="no attribute 'plans_of'"):
+        _ = revwire.plans_of
