@@ -215,9 +215,7 @@ class Link:
 
     def _open(self, now: Pass, *, last: bool) -> Opened:
         pair = self._take(now, last=last)
-        # a pair that stays here for whoever asks next is ours twice over, which no count shows
-        stays = self.next is None and self.end is not None
-        own = self.weights is not None and self._needs_output and not stays and solely_held(pair[1])
+        own = self.weights is not None and self._needs_output and solely_held(pair[1])
         opened = now.opened[self.position] = Opened(pair, len(self.runs), last=last, own=own)
         return opened
 
@@ -267,7 +265,7 @@ class Link:
                 raise self._modified("the input")
             if opened.last and _frees_graph():
                 self.anchor = None
-            return previous
+            return previous.detach()
         if opened.own and self.branch.cut is not None:
             return opened.following
         assert opened.out is not None
@@ -285,7 +283,9 @@ class Link:
             raise self._modified("the output")
         if last and _frees_graph():
             self.end = None
-        return pair
+            return pair
+        # others than these very tensors, so that whoever gets them knows that their memory is held here too
+        return pair[0].detach(), pair[1].detach()
 
     def _freed(self, what: str) -> ReplayError:
         return ReplayError(
