@@ -459,11 +459,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(weights, monkeypatc
     out.write_bytes(b"the old file")
     before = set(weights.parent.iterdir())
 
-    def half(_tensors, path, metadata):
-        path.write_bytes(b"half of")
+    def half(tensor):
+        yield b"half of"
         raise interruption
 
-    monkeypatch.setattr(writer, "save_file", half)
+    monkeypatch.setattr(writer, "_bytes_of", half)
     expected = CheckpointError if isinstance(interruption, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         convert(weights, out)

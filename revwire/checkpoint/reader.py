@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from revwire import timm_models
+from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+# Where training scripts put the weights, averaged ones first, and what goes before every name.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
+_ENTRIES = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module", "net", "params", "weights")
+_WRAPPERS = ("model.", "timm_model.", "ema_model.", "model_ema.", "ema.", "net.", "state_dict.")
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # How other files begin that end up under a checkpoint's name, mostly by a download that went wrong.
 _OTHER_FILES = {
@@ -100,7 +105,9 @@ def _head(path: Path) -> bytes:
 def _read_safetensors(path: Path) -> Source:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            names = list(file.keys())
+            for name in names:
+                file.get_tensor(name)  # mapped, not read: what can't be mapped shows here
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
@@ -108,7 +115,7 @@ def _read_safetensors(path: Path) -> Source:
             f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({reason}): "
             f"it is truncated, damaged or of another format; download or save it again"
         ) from error
-    return Source(path, tensors, metadata)
+    return Source(path, Mapped({new: (path, old) for old, new in _peeled(path, names).items()}), metadata)
 
 
 def _read_torch(path: Path, *, mmap: bool) -> Source:
@@ -127,12 +134,13 @@ def _read_torch(path: Path, *, mmap: bool) -> Source:
                 f"{path} is not a state dict: its entry {str(name)[:100]!r} is a {type(value).__name__}, "
                 f"not a dense tensor; save the weights alone, torch.save(model.state_dict(), file)"
             )
-        tensors[_without_wrappers(name)] = value.detach()
+        tensors[name] = value.detach()
     if not tensors:
         raise CheckpointError(
             f"{path} is no state dict; save the weights, torch.save(model.state_dict(), file)"
         )
-    return Source(path, tensors, _training_metadata(loaded), entry)
+    peeled = {new: tensors[old] for old, new in _peeled(path, tensors).items()}
+    return Source(path, peeled, _training_metadata(loaded), entry)
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
@@ -152,20 +160,34 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
 
 
 def _state_dict(loaded: Any) -> tuple[str, Mapping[Any, Any]]:
-    """The entry that holds the weights, in timm's order of preference, and its name."""
+    """The entry that holds the weights, in timm's order of preference, and its name: `ema.module`."""
     if not isinstance(loaded, Mapping):
         return "", {}
-    for entry in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for entry in _ENTRIES:
         if isinstance(loaded.get(entry), Mapping):
-            return entry, loaded[entry]
+            inner, state = _state_dict(loaded[entry])
+            return f"{entry}.{inner}" if inner else entry, state
     return "", loaded
 
 
-def _without_wrappers(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel and torch.compile put before it."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return name
+def _peeled(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """By name in the file: the parameter's own, without what training put before it.
+
+    DistributedDataParallel and torch.compile mark what they wrap; other prefixes go where all names have them.
+    """
+    peeled = {name: name.replace("_orig_mod.", "") for name in names}
+    while peeled:
+        some = [p for p in _WRAPPERS if all(name.startswith(p) for name in peeled.values())]
+        some += [p for p in ("module.",) if any(name.startswith(p) for name in peeled.values())]
+        if not some:
+            break
+        peeled = {name: left.removeprefix(some[0]) for name, left in peeled.items()}
+    if len(set(peeled.values())) < len(peeled) or "" in peeled.values():
+        raise CheckpointError(
+            f"{path} holds one parameter under several names, with and without a prefix of a wrapper; "
+            f"save the state dict of one model alone"
+        )
+    return peeled
 
 
 def _training_metadata(loaded: Any) -> dict[str, str]:

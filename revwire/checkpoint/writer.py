@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from revwire.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+_PIECE = 16 * 2**20  # bytes written at a time
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+# The format's names of torch's kinds of number, in the order in which safetensors writes them: the widest first, so
+# that each begins at a multiple of its width.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
 
 
 def check_out(out: Path, source: Path | None = None) -> None:
@@ -32,6 +56,8 @@ def check_out(out: Path, source: Path | None = None) -> None:
     try:
         if out.is_dir():
             raise CheckpointError(f"cannot write {out}: it is a folder; name a file in it")
+        if "\0" in str(out):
+            raise CheckpointError(f"cannot write {str(out)!r}: no file can have that name")
         if out.suffix != ".safetensors":
             raise CheckpointError(
                 f"cannot write {out}: revwire writes safetensors files, name it *.safetensors"
@@ -47,8 +73,9 @@ def check_out(out: Path, source: Path | None = None) -> None:
 def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically: what stands at `out` is the old file or the whole new one.
 
-    Tensors that share memory are written each in full, since the format knows no sharing; dtype and bits are
-    kept.
+    Tensors are asked for one after another and dropped once written, so no more than one is in memory where the
+    mapping reads them from a file. Those that share memory are written each in full, since the format knows no
+    sharing; dtype and bits are kept.
 
     Args:
         out: The file.
@@ -58,35 +85,65 @@ def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     Raises:
         CheckpointError: A tensor has no bytes to write, or the disk refuses.
     """
-    plain = _unshared(tensors)
+    names, head = _header(tensors, metadata)
+    size = len(head) + sum(tensors[name].nbytes for name in names)
     try:
+        free = shutil.disk_usage(out.parent).free
+        if free < size:
+            raise CheckpointError(_full(out, size, free))
         # A folder of its own beside `out`: on the same disk, so that the last move is one step, and removed
         # whatever happens, a keyboard interrupt included.
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".revwire-") as folder:
-            part = Path(folder) / out.name
-            save_file(plain, part, metadata=dict(metadata))
-            with part.open("rb+") as file:
+            part = Path(folder) / "part"
+            with part.open("wb") as file:  # with the mode that files usually get
+                file.write(head)
+                for name in names:
+                    for piece in _bytes_of(tensors[name]):
+                        file.write(piece)
+                file.flush()
                 os.fsync(file.fileno())
-            usual = Path(folder) / "usual"  # safetensors writes for the owner alone; others may read as usual
-            usual.touch()
-            shutil.copymode(usual, part)
             part.replace(out)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot write {out}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(_full(out, size)) from error
+        hint = ": name another output (-o, out=)" if error.errno in _READ_ONLY else ""
+        raise CheckpointError(f"cannot write {out}: {error.strerror or error}{hint}") from error
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, on the CPU, no two of one storage."""
-    plain: dict[str, Tensor] = {}
-    seen = set()
+def _full(out: Path, size: int, free: int | None = None) -> str:
+    left = "" if free is None else f" and {free / 2**20:.0f} MiB are free"
+    return (
+        f"cannot write {out}: the disk is full, the file takes {size / 2**20:.0f} MiB{left}; free some, or name "
+        f"an output elsewhere (-o, out=)"
+    )
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    """The names in the order of their bytes, and what goes before those: a length and a JSON object."""
+    sizes = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or tensor.layout is not torch.strided or hasattr(tensor, "full_tensor"):
             raise CheckpointError(
                 f"cannot write {name}: it is {'without data' if tensor.is_meta else 'sparse or sharded'}; "
                 f"gather the whole state dict on one process first"
             )
-        whole = tensor.detach().cpu().contiguous()
-        address = whole.untyped_storage().data_ptr()
-        plain[name] = whole.clone() if address in seen else whole
-        seen.add(address)
-    return plain
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"cannot write {name}: safetensors has no {tensor.dtype}; convert it first")
+        sizes[name] = tensor.dtype, tensor.nbytes, list(tensor.shape)
+    names = sorted(sizes, key=lambda name: (_ORDER[sizes[name][0]], name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        dtype, nbytes, shape = sizes[name]
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return names, len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[Any]:
+    """The bytes in pieces; only a tensor that is not contiguous, or on a device, is copied."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, len(flat), _PIECE):
+        yield flat[start : start + _PIECE].numpy()
