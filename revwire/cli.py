@@ -7,8 +7,9 @@ torch and timm are imported inside the commands, so that `--help` and usage erro
 from __future__ import annotations
 
 import json
-import math
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from revwire.cli_values import finite, parse_arguments, parse_size
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
@@ -71,6 +73,13 @@ class _Amp(str, Enum):
     none = "none"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class _Target(str, Enum):
+    """What convert writes."""
+
+    rewired = "rewired"
+    original = "original"
 
 
 class _Result(Protocol):
@@ -155,7 +164,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what would be rewired, and why the rest would not; changes nothing."""
-    arguments, size = _parse_arguments(model_args), _parse_size(input_size)
+    arguments, size = parse_arguments(model_args), parse_size(input_size)
     with _working(f"planning {model}") as say:
         from revwire import rewiring
 
@@ -185,7 +194,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Measure on a copy of the model that rewiring it keeps its promises; exit code 1 if one is broken."""
-    arguments, size = _parse_arguments(model_args), _parse_size(input_size)
+    arguments, size = parse_arguments(model_args), parse_size(input_size)
     with _working(f"verifying {model}") as say:
         from revwire.verification import verify as run_checks
 
@@ -229,7 +238,7 @@ def estimate(
     as_json: JsonOption = False,
 ) -> None:
     """Tell what one training step needs, plain, checkpointed and rewired, without running it."""
-    arguments, size = _parse_arguments(model_args), _parse_size(input_size)
+    arguments, size = parse_arguments(model_args), parse_size(input_size)
     with _working(f"estimating {model}") as say:
         import torch
 
@@ -253,8 +262,10 @@ def estimate(
 
 
 @app.command(
-    epilog="Example: revwire convert model.safetensors --arch vit_base_patch16_224; "
-    "revwire convert model.safetensors --coupling 'momentum(gamma=0.5)' --exact"
+    epilog="Example: revwire convert model.safetensors; "
+    "revwire convert model.safetensors --arch vit_base_patch16_224; "
+    "revwire convert model.safetensors --coupling 'momentum(gamma=0.5)' --exact; "
+    "revwire convert trained.revwire.safetensors --to original"
 )
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The checkpoint: safetensors, .pth or .bin.")],
@@ -266,13 +277,23 @@ def convert(
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before writing.")] = True,
+    to: Annotated[
+        _Target, typer.Option(help="original: the way back, a rewired checkpoint as timm's own.")
+    ] = _Target.rewired,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint of the rewired model: the same tensors, and the plan in the metadata."""
-    arguments = _parse_arguments(model_args)
-    with _working(f"converting {file}") as say:
+    """Write a checkpoint of the rewired model: the same tensors, and the plan in the metadata.
+
+    The architecture is told by the file, by a config.json beside it, or by the names and shapes of its tensors.
+    """
+    arguments = parse_arguments(model_args)
+    with _working(f"converting {file}") as say, _ended_in_order():
         from revwire import checkpoint
 
+        if to is _Target.original:
+            back = checkpoint.to_original(file, out, arch=arch, model_args=arguments, progress=say)
+            _print(back, as_json=as_json)
+            return
         done = checkpoint.convert(
             file,
             out,
@@ -316,6 +337,19 @@ def _working(text: str) -> Iterator[Callable[[str], None]]:
         _fail(str(error))
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM, which a scheduler ends jobs with, removes what is half written, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _fail(text: str) -> None:
     typer.echo(f"revwire: {' '.join(text.split())}", err=True)
     raise typer.Exit(1)
@@ -323,18 +357,9 @@ def _fail(text: str) -> None:
 
 def _print(result: _Result, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(_finite(result.to_dict()), indent=2, allow_nan=False))
+        typer.echo(json.dumps(finite(result.to_dict()), indent=2, allow_nan=False))
     else:
         Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE).print(result)
-
-
-def _finite(data: Any) -> Any:
-    """The same data with None for NaN and infinities, which JSON does not have."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _open(
@@ -371,25 +396,3 @@ def _batch_of(network: nn.Module, name: str, size: tuple[int, int, int] | None, 
     if example is None:
         raise RevwireError(f"the size of {name}'s input is not known; pass --input-size 3x224x224")
     return torch.empty((batch, *example.shape[1:]), dtype=example.dtype, device="meta")
-
-
-def _parse_arguments(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        arguments = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not JSON: {error}", param_hint="--model-args") from error
-    if not isinstance(arguments, dict):
-        raise typer.BadParameter(f"{text!r} is not a JSON object", param_hint="--model-args")
-    return arguments
-
-
-def _parse_size(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise typer.BadParameter(f"{text!r} is not of the form 3x224x224", param_hint="--input-size")
-    channels, height, width = map(int, parts)
-    return channels, height, width

@@ -37,6 +37,11 @@ def is_rewired(metadata: Mapping[str, str]) -> bool:
     return _PLAN in metadata
 
 
+def without_rewiring(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of the same tensors as a checkpoint of the original model."""
+    return {key: text for key, text in metadata.items() if not key.startswith("revwire.")}
+
+
 def rewiring_of(metadata: Mapping[str, str], path: Path) -> Plan:
     """The plan that a rewired checkpoint carries.
 

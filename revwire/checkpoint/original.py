@@ -1,0 +1,131 @@
+"""The way back: a rewired checkpoint as one of the original model, which timm loads as its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from revwire.checkpoint.architecture import resolve
+from revwire.checkpoint.fit import check_fit
+from revwire.checkpoint.metadata import rewiring_of, without_rewiring
+from revwire.checkpoint.reader import read
+from revwire.checkpoint.writer import check_out, write
+from revwire.coupling import coupling_of
+from revwire.errors import CheckpointError, RewireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from revwire.timm_models import Architecture
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `to_original` wrote. Print it, or keep it as JSON (`to_dict`).
+
+    Attributes:
+        source: The rewired checkpoint that was read.
+        out: The file written.
+        architecture: The model its tensors belong to.
+        coupling: What the model was rewired with.
+        warning: What to know before using it; empty where the original model computes what was trained.
+        source_bytes: Size of the file that was read.
+        out_bytes: Size of the file written.
+    """
+
+    source: Path
+    out: Path
+    architecture: Architecture
+    coupling: str
+    warning: str
+    source_bytes: int
+    out_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was written: always, for what cannot be is an error."""
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON-ready values."""
+        return {
+            "source": str(self.source),
+            "out": str(self.out),
+            "architecture": self.architecture.name,
+            "model_args": dict(self.architecture.model_args),
+            "coupling": self.coupling,
+            "warning": self.warning,
+            "source_bytes": self.source_bytes,
+            "out_bytes": self.out_bytes,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.filesize import decimal
+        from rich.text import Text
+
+        arguments = "".join(f", {key}={value!r}" for key, value in self.architecture.model_args.items())
+        yield Text(
+            f"read {self.source} ({decimal(self.source_bytes)}), {self.architecture}, rewired by {self.coupling}\n"
+            f"wrote {self.out} ({decimal(self.out_bytes)}), for "
+            f"timm.create_model({self.architecture.name!r}{arguments}, checkpoint_path=...)",
+            overflow="fold",
+        )
+        if self.warning:
+            yield Text(f"warning: {self.warning}", style="yellow", overflow="fold")
+
+
+def to_original(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    arch: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Restored:
+    """Write a rewired checkpoint as one of the original model: the same tensors, without what revwire noted.
+
+    No model is built with weights, and one tensor is in memory at a time.
+
+    Args:
+        path: The file, as `convert` or `save` wrote it.
+        out: Where to write; by default `model.original.safetensors` beside `model.revwire.safetensors`.
+        arch: As in `convert`.
+        model_args: As in `convert`.
+        progress: Called with what is being done, in a few words.
+
+    Returns:
+        What was written, with a warning where the original model computes something else than what was trained.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not rewired, does not fit its architecture, or `out` cannot be
+            written.
+    """
+    say = progress or (lambda _: None)
+    path = Path(path)
+    say(f"reading {path.name}")
+    source = read(path)
+    plan = rewiring_of(source.metadata, path)
+    out = Path(out) if out else path.with_name(f"{path.stem.removesuffix('.revwire')}.original.safetensors")
+    check_out(out, path)
+    architecture = resolve(source, arch, model_args)
+    check_fit(architecture, source.tensors, str(path))
+    warning = _warning(plan.coupling, path)
+    say(f"writing {out.name}")
+    write(out, source.tensors, without_rewiring(source.metadata))
+    return Restored(path, out, architecture, plan.coupling, warning, source.size, out.stat().st_size)
+
+
+def _warning(spec: str, path: Path) -> str:
+    try:
+        coupling = coupling_of(spec)
+    except RewireError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not coupling.in_mode(training=False).a:  # evaluates as the network it came from: bdia
+        return ""
+    return (
+        f"weights that were trained rewired by {spec} belong to another function than the original model's: expect "
+        f"worse results until it is fine-tuned; revwire.load keeps what was trained, and bdia would be the same"
+    )
