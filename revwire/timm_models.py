@@ -84,10 +84,10 @@ def example_inputs(model: nn.Module, batch: int = 2) -> Tensor | None:
         Images of shape (batch, channels, height, width), the same at every call, drawn without the global
         generator; None where the model isn't timm's or its size is unknown.
     """
-    height_width = _image_size(model)
+    height_width = image_size(model)
     if height_width is None:
         return None
-    return noise_images(model, (_channels(model), *height_width), batch)
+    return noise_images(model, (channels(model), *height_width), batch)
 
 
 def noise_images(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Tensor:
@@ -315,7 +315,7 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def _image_size(model: nn.Module) -> tuple[int, int] | None:
+def image_size(model: nn.Module) -> tuple[int, int] | None:
     """Height and width the model was built for, or None.
 
     The patch embedding comes first: it is what the forward asserts on. Then timm's own record, kept by recent
@@ -337,7 +337,7 @@ def _image_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _channels(model: nn.Module) -> int:
+def channels(model: nn.Module) -> int:
     """Input channels the model was built with: its own word, its first convolution, its weights' input."""
     channels = getattr(model, "in_chans", None)
     if isinstance(channels, int):
@@ -353,8 +353,8 @@ def _channels(model: nn.Module) -> int:
 
 def _traits(model: nn.Module) -> dict[str, Any]:
     """What of a model may have changed since it was built, or came from its pretrained configuration."""
-    traits = {"num_classes": getattr(model, "num_classes", None), "in_chans": _channels(model)}
-    traits["img_size"] = _image_size(model) if _has_fixed_size(model) else None
+    traits = {"num_classes": getattr(model, "num_classes", None), "in_chans": channels(model)}
+    traits["img_size"] = image_size(model) if _has_fixed_size(model) else None
     traits["global_pool"] = _pool(model)
     return {key: list(v) if isinstance(v, tuple) else v for key, v in traits.items() if v is not None}
 

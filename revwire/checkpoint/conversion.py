@@ -13,6 +13,7 @@ import torch
 from revwire import rewiring, timm_models
 from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import build, common_dtype
+from revwire.checkpoint.folder import INDEX_SUFFIX
 from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_of
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
@@ -143,7 +144,7 @@ def convert(
     metadata. The planning, the verification and the measurement run on the CPU, in float32 at least.
 
     Args:
-        path: A safetensors file, or a torch file of tensors only.
+        path: A safetensors file, or a torch file of tensors only; an index of several files, or a folder with one.
         out: Where to write; by default `model.revwire.safetensors` beside `model.safetensors`.
         arch: timm's name of the model, where the file and a `config.json` beside it do not tell.
         model_args: Arguments of `timm.create_model`; without `arch` they go over those the file names.
@@ -163,8 +164,9 @@ def convert(
     path = Path(path)
     say(f"reading {path.name}")
     source = read(path)
-    out = Path(out) if out else _default_out(path)
-    check_out(out, path)
+    out = Path(out) if out else _default_out(source.path)
+    for file in source.files or (source.path,):
+        check_out(out, file)
     architecture = resolve(source, arch, model_args)
     say(f"building {architecture.name}")
     model = _plain(source, architecture)
@@ -218,7 +220,8 @@ def _plain(source: Source, architecture: Architecture) -> nn.Module:
 
 def _default_out(path: Path) -> Path:
     """`model.revwire.safetensors` beside `model.safetensors`, `model.pth` or `model.revwire.safetensors`."""
-    return path.with_name(f"{path.stem.removesuffix('.revwire')}.revwire.safetensors")
+    stem = path.name.removesuffix(INDEX_SUFFIX) if path.name.endswith(INDEX_SUFFIX) else path.stem
+    return path.with_name(f"{stem.removesuffix('.revwire')}.revwire.safetensors")
 
 
 def _measure(model: nn.Module, plan: Plan) -> Savings:

@@ -65,6 +65,20 @@ def check_fit(architecture: Architecture, tensors: Mapping[str, Tensor], what: s
         outline = architecture.outline()
     except RevwireError as error:
         raise CheckpointError(f"{what}: {error}") from error
+    if found := misfit(outline, tensors):
+        raise CheckpointError(
+            f"{what} does not fit {architecture}: {found}; pass the architecture (arch=, --arch) and the "
+            f"arguments (model_args=, --model-args) it was trained with"
+        )
+
+
+def misfit(outline: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """The first few differences between a model and a state dict, in words; empty where it fits.
+
+    Args:
+        outline: The model, on any device.
+        tensors: The state dict.
+    """
     wanted = outline.state_dict(keep_vars=True)
     ties = defaultdict(set)
     for name, tensor in wanted.items():
@@ -81,12 +95,7 @@ def check_fit(architecture: Architecture, tensors: Mapping[str, Tensor], what: s
         if name in wanted and _kind(tensor) != _kind(wanted[name])
     ]
     faults = {"missing": missing, "not in the architecture": unknown, "of another shape": other}
-    found = "; ".join(f"{kind}: {_first(names)}" for kind, names in faults.items() if names)
-    if found:
-        raise CheckpointError(
-            f"{what} does not fit {architecture}: {found}; pass the architecture (arch=, --arch) and the "
-            f"arguments (model_args=, --model-args) it was trained with"
-        )
+    return "; ".join(f"{kind}: {_first(names)}" for kind, names in faults.items() if names)
 
 
 def common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

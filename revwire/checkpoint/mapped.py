@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from revwire.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +34,13 @@ class Mapped(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         path, inside = self._places[name]
         if self._open is None or path != self._path or self._read > _STAYS:
-            self._open = safe_open(path, framework="pt", device="cpu")
-            self._path, self._read = path, 0
-        tensor: Tensor = self._open.get_tensor(inside)  # type: ignore[no-untyped-call]
+            self._open, self._read = None, 0
+        try:
+            if self._open is None:
+                self._open, self._path = safe_open(path, framework="pt", device="cpu"), path
+            tensor: Tensor = self._open.get_tensor(inside)  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:  # reading it a first time found nothing wrong
+            raise CheckpointError(f"{path} changed while it was read ({error}): start again") from error
         self._read += tensor.nbytes
         return tensor
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from revwire import timm_models
+from revwire.checkpoint.folder import INDEX_SUFFIX, file_in, shards
 from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
 
@@ -48,24 +49,26 @@ class Source:
         tensors: Every tensor by name, memory-mapped where the format allows.
         metadata: The safetensors metadata; of timm's training checkpoints, what says how the model was built.
         entry: Which entry of a torch file holds the tensors (`state_dict_ema`); `""` is the file as a whole.
+        files: Where the path is an index: the files that hold the tensors.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     entry: str = ""
+    files: tuple[Path, ...] = ()
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+        """Bytes of the file, or files."""
+        return sum(path.stat().st_size for path in self.files or (self.path,))
 
 
 def read(path: str | Path) -> Source:
     """Open a checkpoint: safetensors, or a torch file of tensors only (`weights_only=True`, never otherwise).
 
     Args:
-        path: The file, of any name.
+        path: The file, of any name; an index of several (`*.safetensors.index.json`); or a folder that has one.
 
     Returns:
         Its tensors on the CPU and its metadata.
@@ -75,6 +78,12 @@ def read(path: str | Path) -> Source:
             than tensors; the message says what was found and what to do.
     """
     path = Path(path)
+    try:
+        path = file_in(path) if path.is_dir() else path
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot open {path}: {error}") from error
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
     head = _head(path)
     if (
         head[8:9] == b"{"
@@ -90,8 +99,6 @@ def read(path: str | Path) -> Source:
 
 def _head(path: Path) -> bytes:
     try:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder: name the checkpoint file in it")
         with path.open("rb") as file:
             head = file.read(64)
     except (OSError, ValueError) as error:
@@ -102,7 +109,28 @@ def _head(path: Path) -> bytes:
     return head
 
 
+def _read_shards(index: Path) -> Source:
+    metadata: dict[str, str] = {}
+
+    def names_in(path: Path) -> list[str]:
+        _head(path)
+        names, own = _contents(path)
+        metadata.update(own)
+        return names
+
+    places = shards(index, names_in)
+    peeled = _peeled(index, places)
+    files = tuple(dict.fromkeys(path for path, _ in places.values()))
+    return Source(index, Mapped({new: places[old] for old, new in peeled.items()}), metadata, files=files)
+
+
 def _read_safetensors(path: Path) -> Source:
+    names, metadata = _contents(path)
+    return Source(path, Mapped({new: (path, old) for old, new in _peeled(path, names).items()}), metadata)
+
+
+def _contents(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Names and metadata of a safetensors file whose tensors can all be mapped."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
@@ -115,7 +143,7 @@ def _read_safetensors(path: Path) -> Source:
             f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({reason}): "
             f"it is truncated, damaged or of another format; download or save it again"
         ) from error
-    return Source(path, Mapped({new: (path, old) for old, new in _peeled(path, names).items()}), metadata)
+    return names, metadata
 
 
 def _read_torch(path: Path, *, mmap: bool) -> Source:

@@ -1,0 +1,66 @@
+"""Folders as the Hugging Face hub has them: which file in one is the checkpoint, and weights in several files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from revwire.checkpoint.metadata import parse_json
+from revwire.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INDEX_SUFFIX = ".safetensors.index.json"
+# In the order they are preferred.
+_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
+
+
+def file_in(folder: Path) -> Path:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: It has none of a name known here.
+    """
+    for name in _FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        f"{folder} is a folder: name the checkpoint file in it ({' or '.join(_FILES)} would be found)"
+    )
+
+
+def shards(index: Path, names_in: Callable[[Path], list[str]]) -> dict[str, tuple[Path, str]]:
+    """Where the tensors of an index file are.
+
+    Args:
+        index: The file, `model.safetensors.index.json`.
+        names_in: The names in one of its files.
+
+    Returns:
+        By name: the file beside the index, and the name in it.
+
+    Raises:
+        CheckpointError: The index is none, names files elsewhere, or tensors that are not where it says.
+    """
+    try:
+        text = index.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {index}: {error}") from error
+    where = parse_json(text, str(index)).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files: download it again")
+    places = {}
+    for file in sorted(set(where.values())):
+        if Path(file).name != file:
+            raise CheckpointError(
+                f"{index} names {file[:100]!r}, which is not beside it; that is not followed"
+            )
+        there = set(names_in(index.with_name(file)))
+        wanted = {name for name, of in where.items() if of == file}
+        if missing := sorted(wanted - there):
+            raise CheckpointError(
+                f"{index}: {file} has no {missing[0][:100]!r}; it is another checkpoint's: download it again"
+            )
+        places.update({name: (index.with_name(file), name) for name in wanted})
+    return places
