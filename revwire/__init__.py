@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from revwire.checkpoint import convert, load, save
+    from revwire.checkpoint import convert, load, save, to_original
     from revwire.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
     from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
     from revwire.fixed import Grid
@@ -54,12 +54,13 @@ __all__ = [
     "plan_of",
     "rewire",
     "save",
+    "to_original",
     "unwire",
     "verify",
 ]
 
 _HOMES = {
-    "revwire.checkpoint": ("convert", "load", "save"),
+    "revwire.checkpoint": ("convert", "load", "save", "to_original"),
     "revwire.coupling": ("BDIA", "Coupling", "Dr2Net", "Momentum", "Re2TAL"),
     "revwire.errors": ("CheckpointError", "ReplayError", "RevwireError", "RewireError"),
     "revwire.fixed": ("Grid",),
