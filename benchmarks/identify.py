@@ -64,13 +64,20 @@ def main(
     family: Annotated[int, typer.Option(help="Architectures of a family, drawn by seed; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop after so long, in a random order.")] = 120,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where the run in the results file was stopped.")
+    ] = False,
 ) -> None:
     """Identify architectures and write benchmarks/results/identify.json."""
     warnings.simplefilter("ignore")
     names = _drawn(family, seed)
     results, larger, start = [], 0, time.perf_counter()
+    path = record.RESULTS / f"{NAME}.json"
+    if resume:  # with the options of the run before, or the order is another
+        before = json.loads(path.read_text())
+        results, larger = before["results"], before["larger"]
     with tempfile.TemporaryDirectory() as folder:
-        for name in track(names, "identifying"):
+        for name in track(names[larger + len(results) :], "identifying"):
             if time.perf_counter() - start > 60 * minutes:
                 break
             result = one(name, millions * 1e6, Path(folder))
@@ -79,7 +86,6 @@ def main(
                 results.append(result)
     data = {**record.origin(f"benchmarks.{NAME}"), **_summary(results)}
     data |= {"asked": len(names), "larger": larger, "not_reached": len(names) - larger - len(results)}
-    path = record.RESULTS / f"{NAME}.json"
     path.write_text(json.dumps({**data, "results": results}, indent=1) + "\n")
     print(json.dumps(data, indent=1))
 
