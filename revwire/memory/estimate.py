@@ -18,7 +18,7 @@ from torch import nn
 
 from revwire.dials import Dials
 from revwire.errors import RevwireError
-from revwire.memory.fake_step import TrainingStep
+from revwire.memory.fake_step import Optimization, TrainingStep, trainable
 from revwire.memory.measure import Loss, mean_square
 from revwire.memory.strategies import STRATEGIES
 from revwire.surgery import Recording, call_arguments
@@ -168,7 +168,7 @@ def estimate(
     bytes_ = None if limit is None else size_of(limit)
     place = torch.device(device) if device is not None else _device_of(model)
     step = TrainingStep(args, kwargs, _optimizer(optimizer), loss_fn or mean_square, autocast, place)
-    shared = _Recordings(step, model)
+    shared = _Shared(step, model)
     rows = []
     for name, strategy in named.items():
         say(name)
@@ -202,12 +202,23 @@ def in_words(size: float) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
-class _Recordings:
-    """The model made ready in several ways; rewired ones that differ in their dials alone share one recorded run."""
+class _Shared:
+    """What several ways of doing the step have in common.
+
+    Rewired models that differ in their dials alone share one recorded run; optimizers of the same tensors one step.
+    """
 
     def __init__(self, step: TrainingStep, model: nn.Module) -> None:
         self._step, self._model = step, model
         self._recordings: dict[str, Recording] = {}
+        self._optimizations: dict[tuple[Any, ...], Optimization] = {}
+
+    def optimization(self, prepared: nn.Module) -> Optimization:
+        """What the optimizer of a model made ready takes."""
+        key = tuple((p.shape, p.stride(), p.dtype) for p in trainable(prepared))
+        if key not in self._optimizations:
+            self._optimizations[key] = self._step.optimized(prepared)
+        return self._optimizations[key]
 
     def prepared(self, strategy: Strategy) -> nn.Module:
         """A copy of the model, made ready for one way of doing the step."""
@@ -229,12 +240,13 @@ class _Recordings:
 
 
 def _row(
-    name: str, strategy: Strategy, shared: _Recordings, step: TrainingStep, limit: int | None, vary: int
+    name: str, strategy: Strategy, shared: _Shared, step: TrainingStep, limit: int | None, vary: int
 ) -> Estimate:
     size = step.varied(vary) if limit is not None else 0
     try:
         prepared = shared.prepared(strategy)
-        found = Estimate(name, **vars(step.run(prepared)))
+        optimization = shared.optimization(prepared)
+        found = Estimate(name, **vars(step.run(prepared, optimization)))
         if limit is None:
             return found
         # images and clips come in multiples of a patch; samples do not
@@ -243,7 +255,7 @@ def _row(
 
         def peak(units: int) -> int:
             if units not in peaks:
-                peaks[units] = step.resized(vary, units * unit).run(prepared).peak
+                peaks[units] = step.resized(vary, units * unit).run(prepared, optimization).peak
             return peaks[units]
 
         return replace(found, fits=_largest(peak, size // unit, limit) * unit)

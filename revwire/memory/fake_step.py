@@ -42,6 +42,19 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Optimization:
+    """What one optimizer step takes, in bytes.
+
+    Attributes:
+        state: The optimizer's state, which stays.
+        extra: The most that is alive in a step beside parameters, gradients and state.
+    """
+
+    state: int
+    extra: int
+
+
+@dataclass(frozen=True)
 class TrainingStep:
     """A training step to come: what goes into it, beside the model."""
 
@@ -95,8 +108,24 @@ class TrainingStep:
             raise RevwireError(f"cannot vary dimension {dim} of the first input, which is {found}")
         return tensors[0].shape[dim]
 
-    def run(self, prepared: nn.Module) -> Figures:
-        """The figures of one model made ready."""
+    def optimized(self, model: nn.Module) -> Optimization:
+        """What the optimizer holds and takes; the same for every way of coming by the gradients."""
+        if self.optimizer is None or not trainable(model):
+            return Optimization(0, 0)
+        shapes = [parameter.detach() for parameter in trainable(model)]
+        with quiet_fake_tensors(), FakeTensorMode(), LiveBytes() as meter:
+            stand_ins = [nn.Parameter(empty_like(shape, device=self.device)) for shape in shapes]
+            for parameter in stand_ins:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer, before = self.optimizer(stand_ins), meter.live
+            optimizer.step()
+            state = meter.live - before
+            meter.reset_peak()
+            optimizer.step()
+        return Optimization(state, meter.peak - before - state)
+
+    def run(self, prepared: nn.Module, optimization: Optimization) -> Figures:
+        """The figures of one model made ready, and optimized like that."""
         with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
             stand_in = partial(empty_like, device=self.device)
             model = moved(prepared, stand_in)
@@ -105,17 +134,8 @@ class TrainingStep:
                 args, kwargs = tree_map(stand_in, (self.args, self.kwargs))
             of_inputs = meter.live - of_model
             meter.watch(model)
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            gradients = sum(p.nbytes for p in parameters)
-            optimizer = self.optimizer(parameters) if self.optimizer and parameters else None
-            with meter.phase("optimizer state"):
-                if optimizer is not None:
-                    for parameter in parameters:
-                        parameter.grad = torch.empty_like(parameter)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-            of_optimizer = meter.live - of_model - of_inputs
-            meter.begin()
+            gradients = sum(p.nbytes for p in trainable(model))
+            meter.begin(optimization.state)
             with _paths(meter, model):
                 with (
                     meter.phase("forward"),
@@ -124,14 +144,25 @@ class TrainingStep:
                     loss = self.loss_fn(model(*args, **kwargs))
                 with meter.phase("backward"):
                     loss.backward()  # type: ignore[no-untyped-call]
-                activations = meter.activations
+                del loss
                 with meter.phase("optimizer step"):
-                    del loss
-                    if optimizer is not None:
-                        optimizer.step()
+                    meter.passing(optimization.extra)
             alive = tuple(meter.alive.most_common())
-            where = meter.where
-        return Figures(meter.peak, of_model, gradients, of_optimizer, of_inputs, activations, where, alive)
+        return Figures(
+            meter.peak,
+            of_model,
+            gradients,
+            optimization.state,
+            of_inputs,
+            meter.activations,
+            meter.where,
+            alive,
+        )
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer would be given."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
@@ -149,6 +180,7 @@ class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its ba
         self._parameters: list[nn.Parameter] = []
         self._gradients = 0
         self._base: int | None = None
+        self._state = 0
         self._shown = 0
 
     def watch(self, model: nn.Module) -> None:
@@ -161,10 +193,18 @@ class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its ba
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def begin(self) -> None:
-        """From here on the peak is looked for; what is alive now is no activation."""
+    def begin(self, optimizer_state: int) -> None:
+        """From here on the peak is looked for; what is alive now, and the optimizer's state, is no activation."""
+        self._state = optimizer_state
+        self._live += optimizer_state
         self._base, self._gradients = self.live, 0
         self.reset_peak()
+
+    def passing(self, nbytes: int) -> None:
+        """Count what comes and goes and was measured elsewhere."""
+        if (moment := self.live + nbytes) > self.peak:
+            self.peak, self.where, self.alive = moment, self._place(), self._told()
+            self.alive[self._phase] += nbytes
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -210,7 +250,7 @@ class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its ba
 
     def _told(self) -> Counter[str]:
         gradients = {id(p.grad.untyped_storage()) for p in self._parameters if p.grad is not None}
-        told: Counter[str] = Counter()
+        told = Counter({"optimizer state": self._state} if self._state else {})
         for key, counted in self._counted.items():
             told["gradients" if key in gradients else self._labels[key]] += counted.nbytes
         return told
