@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from revwire.rewiring import plan, rewire
     from revwire.schedule import Dr2NetSchedule
     from revwire.streams import Streams
-    from revwire.surgery import plan_of, unwire
+    from revwire.surgery import plan_of, unwire, unwired
     from revwire.verification import verify
 
 __version__ = "0.1.0"
@@ -56,6 +56,7 @@ __all__ = [
     "save",
     "to_original",
     "unwire",
+    "unwired",
     "verify",
 ]
 
@@ -71,7 +72,7 @@ _HOMES = {
     "revwire.rewiring": ("plan", "rewire"),
     "revwire.schedule": ("Dr2NetSchedule",),
     "revwire.streams": ("Streams",),
-    "revwire.surgery": ("plan_of", "unwire"),
+    "revwire.surgery": ("plan_of", "unwire", "unwired"),
     "revwire.verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

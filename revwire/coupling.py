@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_PROMOTED = {(one, other): torch.promote_types(one, other) for one in _FLOATS for other in _FLOATS}
+
+
+def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """`torch.promote_types`, looked up: the function itself is an operation, which exported graphs would keep."""
+    known = _PROMOTED.get((one, other))
+    return torch.promote_types(one, other) if known is None else known
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Weights:
     """The coefficients of one step of one run, kept for its inverse: numbers, or one per sample (BDIA).
@@ -41,7 +51,7 @@ class Weights:
     def change(self, current: Tensor, branch: Tensor) -> Tensor:
         """`b * x[i] + c * F_i(x[i])`: what a step adds to its share of `x[i-1]`."""
         if not _is(self.c, 1):
-            branch = self.c * branch.to(torch.promote_types(branch.dtype, current.dtype))
+            branch = self.c * branch.to(promoted(branch.dtype, current.dtype))
         if _is(self.b, 0):
             return branch
         # streams come first: the sum takes the layout of its first operand, and a trunk keeps its layout

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from revwire._torch import TreeSpec, not_compiled, only_shapes
@@ -250,7 +251,7 @@ def run_step(
     step = Branch(planned.name, branch, modules, owners, cut, planned.mode)
     if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
-    following = trunk.advance(step, sides, replay=options.replay)
+    following = trunk.advance(step, sides, replay=options.replay and not torch.compiler.is_exporting())
     following = following.tensor() if planned.last else following
     if not shared:
         return following

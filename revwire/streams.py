@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from revwire._torch import register_pytree_node
+from revwire.coupling import promoted
 from revwire.errors import RewireError
 from revwire.fixed import Grid, Watch, dropped_bits
 from revwire.rearrange import inverse, is_rearrangement
@@ -38,6 +39,26 @@ _COPYING = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
 _OF_ONE_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 
 
+class Place:
+    """Where in which chain a pair of streams stands; the attributes are those of `Streams`.
+
+    No dataclass: who maps the tensors of a dataclass (FSDP2's casts) makes all dataclasses in it again, field by field,
+    which a coupling, whose fields follow from one another, does not allow.
+    """
+
+    __slots__ = ("coupling", "dtype", "grid", "link", "undo")
+
+    def __init__(
+        self,
+        coupling: Coupling,
+        dtype: torch.dtype,
+        link: Link | None = None,
+        undo: tuple[Callable[[Tensor], Tensor], ...] = (),
+        grid: Grid | None = None,
+    ) -> None:
+        self.coupling, self.dtype, self.link, self.undo, self.grid = coupling, dtype, link, undo, grid
+
+
 @dataclass(eq=False, repr=False)
 class Streams:
     """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
@@ -48,6 +69,7 @@ class Streams:
     Attributes:
         previous: `x[i-1]`, at least float32.
         current: `x[i]`, of the same shape, dtype and strides.
+        place: What follows, as one argument.
         coupling: The recurrence both belong to.
         grid: The grid both lie on, where the chain is exact.
         dtype: What the trunk of the network as it was would have here; branches and the merged tensor get it.
@@ -59,14 +81,12 @@ class Streams:
 
     previous: Tensor
     current: Tensor
-    coupling: Coupling
-    dtype: torch.dtype
-    link: Link | None = None
-    undo: tuple[Callable[[Tensor], Tensor], ...] = ()
-    grid: Grid | None = None
+    place: Place
 
     # no fields: whoever maps the tensors of a dataclass (FSDP) makes another one of its fields
     def __post_init__(self) -> None:
+        self.coupling, self.dtype, self.grid = self.place.coupling, self.place.dtype, self.place.grid
+        self.link, self.undo = self.place.link, self.place.undo
         self._merged: Tensor | None = None
         self._detached = False
         self._made_with_grad = torch.is_grad_enabled()
@@ -75,11 +95,11 @@ class Streams:
     @classmethod
     def enter(cls, x: Tensor, coupling: Coupling, exact: Exact = False) -> Streams:
         """Start a chain from the tensor `x`, in fixed point if `exact`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(promoted(x.dtype, torch.float32))
         if exact is False:
-            return cls(*coupling.enter(wide), coupling, x.dtype)
+            return cls(*coupling.enter(wide), Place(coupling, x.dtype))
         grid = exact if isinstance(exact, Grid) else Grid.around(wide)
-        return cls(*coupling.enter(grid.round(wide)), coupling, x.dtype, grid=grid)
+        return cls(*coupling.enter(grid.round(wide)), Place(coupling, x.dtype, grid=grid))
 
     def tensor(self) -> Tensor:
         """The merged tensor, made once."""
@@ -124,10 +144,11 @@ class Streams:
 
     def advance(self, branch: Branch, sides: tuple[Any, ...] = (), *, replay: bool = True) -> Streams:
         """One step of the chain: the streams after `branch`; without `replay` its saved tensors are kept."""
-        if self.current.dtype != torch.promote_types(self.current.dtype, torch.float32):
+        if self.current.dtype != promoted(self.current.dtype, torch.float32):
             raise RewireError(
                 f"{branch.name}: the streams between rewired blocks were cast to {self.current.dtype}, which "
-                "loses what backward reconstructs from; with FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False)"
+                "loses what backward reconstructs from; with FSDP2 give blocks a MixedPrecisionPolicy with "
+                "cast_forward_inputs=False and no output_dtype"
             )
         self._check_usable()
         link = self._link(branch)
@@ -146,10 +167,10 @@ class Streams:
         # only now: a branch that raises leaves these streams as they were, for whoever catches it to go on with
         if self.link is not None:
             self.link.taken = True
-        if not torch.is_inference_mode_enabled():
+        if not (torch.is_inference_mode_enabled() or torch.compiler.is_exporting()):
             link.follow(self.link, self.current, following)
-        after = torch.promote_types(narrow, out.dtype)
-        return Streams(self.current, following, self.coupling, after, link, grid=self.grid)
+        after = promoted(narrow, out.dtype)
+        return Streams(self.current, following, Place(self.coupling, after, link, grid=self.grid))
 
     def _next(self, link: Link, weights: Weights, out: Tensor) -> Tensor:
         """`x[i+1]`; the link is told how to take it back."""
@@ -191,7 +212,7 @@ class Streams:
             free = _COPYING.get(function, function)
             both = [free(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
             undos = undo, *self.undo
-            moved = Streams(both[0], both[1], self.coupling, self.dtype, self.link, undos, self.grid)
+            moved = Streams(both[0], both[1], Place(self.coupling, self.dtype, self.link, undos, self.grid))
             moved._views = self._views
             return moved
         if function in _OF_ONE_GRADIENT and not self.left:
@@ -302,13 +323,13 @@ def settle(tree: Any) -> Any:
     return tree_map(as_tensor, tree, is_leaf=is_streams) if _streams(tree) else tree
 
 
-def _flatten(streams: Streams) -> tuple[list[Tensor], tuple[Any, ...]]:
-    context = streams.coupling, streams.dtype, streams.link, streams.undo, streams.grid
-    return [streams.previous, streams.current], context
+def _flatten(streams: Streams) -> tuple[list[Tensor], Place]:
+    return [streams.previous, streams.current], streams.place
 
 
-def _unflatten(tensors: Any, context: tuple[Any, ...]) -> Streams:
-    return Streams(*tensors, *context)
+def _unflatten(tensors: Any, place: Place) -> Streams:
+    previous, current = tensors
+    return Streams(previous, current, place)
 
 
 register_pytree_node(Streams, _flatten, _unflatten, serialized_type_name="revwire.Streams")

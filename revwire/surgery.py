@@ -12,6 +12,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,6 +31,8 @@ from revwire.streams import settle
 from revwire.transitions import Recomputed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from revwire.plans import Plan
 
 _Maker = TypeVar("_Maker", bound=Callable[..., Any])
@@ -47,16 +50,58 @@ def unwire(model: nn.Module) -> nn.Module:
     """Put a rewired model back: the same classes, the same code, the parameters as they are now.
 
     Raises:
-        RewireError: the model is not rewired.
+        RewireError: the model is not rewired, or the class of one of its modules was replaced since (FSDP2,
+            parametrizations).
     """
-    if not any(hasattr(type(module), "revwire_original") for module in model.modules()):
-        raise RewireError(f"{type(model).__name__} is not rewired, so there is nothing to undo")
-    for module in model.modules():
-        if (original := getattr(type(module), "revwire_original", None)) is not None:
-            module.__class__ = original
-            module.__dict__.pop(PROGRAM, None)
-            module.__dict__.pop(_PLAN, None)
+    for module in _wired(model, "so there is nothing to undo"):
+        _take_off(module)
     return model
+
+
+@contextmanager
+def unwired(model: nn.Module) -> Iterator[nn.Module]:
+    """For the length of the block, a rewired model is the network it was: what runs in between is the original.
+
+    For tools that look at what every module returns and know nothing but tensors (torchinfo, torchview), and to compare
+    with the original network on the weights of now. A backward of what ran before the block may run within it.
+
+    Raises:
+        RewireError: as `unwire`.
+    """
+    taken = [
+        (module, type(module), _take_off(module)) for module in _wired(model, "so it is the network it was")
+    ]
+    try:
+        yield model
+    finally:
+        for module, cls, own in taken:
+            module.__class__ = cls
+            module.__dict__.update(own)
+
+
+def _wired(model: nn.Module, otherwise: str) -> list[nn.Module]:
+    """The modules whose classes were made here."""
+    wired = [(path, module) for path, module in model.named_modules() if is_wired(module)]
+    if not wired:
+        raise RewireError(f"{type(model).__name__} is not rewired, {otherwise}")
+    for path, module in wired:
+        if "revwire_original" not in vars(type(module)):
+            raise RewireError(
+                f"{path or '(model)'}: since it was rewired its class was replaced by {type(module).__name__}, as "
+                "fully_shard and parametrizations do; undo that first, or unwire before it"
+            )
+    return [module for _, module in wired]
+
+
+def _take_off(module: nn.Module) -> dict[str, Any]:
+    """Put a module's class back; returns the attributes that the class made here went by."""
+    module.__class__ = cast("Any", type(module)).revwire_original
+    return {name: module.__dict__.pop(name) for name in (PROGRAM, _PLAN) if name in module.__dict__}
+
+
+def is_wired(module: nn.Module) -> bool:
+    """Whether a module's class was made here."""
+    return hasattr(type(module), "revwire_original")
 
 
 def plan_of(model: nn.Module) -> Plan | None:
@@ -114,7 +159,7 @@ class Recording:
         Raises:
             RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
         """
-        if any(hasattr(type(module), "revwire_original") for module in model.modules()):
+        if any(map(is_wired, model.modules())):
             raise RewireError(f"{type(model).__name__} is rewired already; call revwire.unwire(model) first")
         kind = coupling_of(coupling)
         streams = exact_of(exact, kind)
@@ -275,7 +320,9 @@ def _rewired_class(cls: Any) -> type[nn.Module]:
     """A subclass of `cls` whose forward runs the module's program."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[PROGRAM](self, args, kwargs)
+        program = self.__dict__.get(PROGRAM)
+        # a forward that others hold on to (Accelerate's autocast wraps it) outlives its class on the module
+        return cls.forward(self, *args, **kwargs) if program is None else program(self, args, kwargs)
 
     return _subclass(cls, {"forward": functools.wraps(cls.forward)(forward)})
 

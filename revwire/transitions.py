@@ -123,7 +123,8 @@ class Recomputed:
         forward = original_forward(module)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
         first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | Streams)), None)
-        if not self.options.replay or not torch.is_grad_enabled() or first is None:
+        dropping = self.options.replay and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if not dropping or first is None:
             return forward(*settle(args), **settle(kwargs))
         trunk = leaves[first]
         others = tuple(settle(leaf) for i, leaf in enumerate(leaves) if i != first)
