@@ -1,0 +1,116 @@
+"""The whole model: from the pictures of a clip to what happens in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from examples.re2tal.dataset import Batch
+    from examples.re2tal.heads import Head, Losses, Predictions
+
+
+class Detector(nn.Module):
+    """Backbone and head.
+
+    Args:
+        backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps).
+        head: From features (batch, channels, positions) to predictions.
+        positions: How many the head is given; features of fewer or more steps are interpolated.
+        mean: Of the pixels of each colour, from 0 to 1.
+        std: Their standard deviation.
+        freeze_batch_norm: The backbone's BatchNorms keep their statistics and weights, as a pretrained one's do when
+            batches are small.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: Head,
+        *,
+        positions: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        freeze_batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.positions = backbone, head, positions
+        self._frozen = [m for m in backbone.modules() if freeze_batch_norm and isinstance(m, _BatchNorm)]
+        for module in self._frozen:
+            module.requires_grad_(False)  # torch's own signature
+        self.train(self.training)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, 255 * torch.tensor(values).reshape(3, 1, 1, 1), persistent=False)
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Predictions:
+        """Predictions from `frames` (batch, frames, 3, height, width), uint8, and `mask` (batch, positions)."""
+        predictions: Predictions = self.head(self.features(frames), mask)
+        return predictions
+
+    def train(self, mode: bool = True) -> Detector:  # torch's own signature
+        """As any module; frozen BatchNorms stay as in evaluation."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def features(self, frames: Tensor) -> Tensor:
+        """(batch, channels, positions)."""
+        clip = (frames.transpose(1, 2) - self.mean) / self.std
+        features: Tensor = self.backbone(clip)
+        if features.shape[2] != self.positions:
+            features = functional.interpolate(
+                features.float(), self.positions, mode="linear", align_corners=False
+            )
+        return features
+
+    def loss(self, batch: Batch) -> Losses:
+        """The losses of a batch; its forward runs through `self`, as wrappers of this module need."""
+        return self.head.loss(self(batch.frames, batch.mask), batch.segments, batch.labels)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may happen in one clip, before any of it is thrown away as a repetition.
+
+    Attributes:
+        segments: (candidates, 2) Starts and ends, in positions.
+        scores: (candidates,) From 0 to 1, the best first.
+        labels: (candidates,) Indices of classes.
+    """
+
+    segments: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+def candidates(predictions: Predictions, *, threshold: float = 0.001, topk: int = 2000) -> list[Candidates]:
+    """The best pairs of point and class of each clip, at most `topk`, of a score above `threshold`."""
+    points, positions = predictions.points, float(predictions.points.position.max()) + 1
+    scores = predictions.logits.float().sigmoid() * predictions.mask[..., None]
+    offsets = predictions.offsets.float() * points.stride[:, None]
+    both = torch.stack([points.position - offsets[..., 0], points.position + offsets[..., 1]], dim=-1)
+    segments = both.clamp(0.0, positions)
+    found = []
+    for clip_scores, clip_segments in zip(scores, segments, strict=True):
+        best, order = clip_scores.flatten().sort(descending=True, stable=True)
+        count = min(topk, int((best > threshold).sum()))
+        order, best = order[:count], best[:count]
+        classes = clip_scores.shape[1]
+        chosen = clip_segments[order // classes].double()
+        found.append(
+            Candidates(chosen.cpu().numpy(), best.double().cpu().numpy(), (order % classes).cpu().numpy())
+        )
+    return found
