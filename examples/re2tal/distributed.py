@@ -1,0 +1,129 @@
+"""Several processes: started by torchrun, on GPUs (nccl) or CPUs (gloo); one process needs none of it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from examples.re2tal.detector import Detector
+
+Parallel = Literal["ddp", "fsdp2"]
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: Its number.
+        size: How many there are.
+        device: What it computes on.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[_Item]) -> list[_Item]:
+        """This process's items: every `size`-th, none twice and none added to make shares equal."""
+        return list(items[self.rank :: self.size])
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[World]:
+    """This process's place among those that torchrun started with it; alone without torchrun.
+
+    Args:
+        device: `"auto"`: a GPU where there is one.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = (
+        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    )
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, place)
+    finally:
+        distributed.destroy_process_group()
+
+
+def spread(detector: Detector, world: World, parallel: Parallel) -> nn.Module:
+    """The detector, with gradients averaged over all processes.
+
+    Args:
+        detector: The same in all processes, on its device.
+        world: The processes.
+        parallel: *ddp*: each has all weights; *fsdp2*: each has a part, and gathers those of a block for its time.
+    """
+    if world.size == 1:
+        return detector
+    if parallel == "ddp":
+        return DistributedDataParallel(detector, broadcast_buffers=True, gradient_as_bucket_view=True)
+    # streams between rewired blocks are not to be cast to the parameters' dtype
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in _blocks(detector.backbone):
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(detector, mp_policy=policy)
+
+
+@contextmanager
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """All weights of a sharded model are there inside the block, so processes need not run it equally often."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)  # torch's own signature
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.reshard()
+            shard.set_reshard_after_forward(True, recurse=False)
+
+
+def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
+    """What a sharded backbone gathers at a time: the outermost items of its lists that are no lists themselves."""
+    for child in backbone.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            for item in child:
+                if isinstance(item, nn.Sequential | nn.ModuleList):
+                    yield from _blocks(nn.ModuleList([item]))
+                elif any(p.requires_grad for p in item.parameters()):
+                    yield item
+        else:
+            yield from _blocks(child)

@@ -1,0 +1,166 @@
+"""An evaluation as one self-contained HTML page: how good, at what, why not better, and what it looks like in videos.
+
+    python -m examples.re2tal.report GROUND_TRUTH.json PREDICTIONS.json report.html --videos data/synthetic/videos
+
+`template.html`, `style.css` and `script.js` lie beside this file; the page loads nothing. What it draws is in it as
+JSON, and `script.js` draws it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from examples.re2tal.dataset import found_files
+from examples.re2tal.diagnosis import KINDS, profile
+from examples.re2tal.metrics import Evaluation, match
+from examples.re2tal.video import VideoError, open_video, shown_at
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from examples.re2tal.annotations import AnnotatedVideo, Annotations
+    from examples.re2tal.metrics import Matches
+    from examples.re2tal.postprocess import Detections
+
+_SHOWN = 8
+_THUMBNAILS = 8
+_LEAST = 0.1
+_CORNERS = 80
+_HIGH = 72
+
+
+def write_report(
+    path: str | Path,
+    truth: Annotations,
+    results: Mapping[str, Detections],
+    *,
+    subset: str,
+    tiou: np.ndarray[Any, np.dtype[np.float64]],
+    videos: str | Path | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+    title: str = "Temporal action localization",
+) -> Evaluation:
+    """Evaluate, and write the page.
+
+    Args:
+        path: The HTML file.
+        truth: The annotations.
+        results: Detections by video.
+        subset: Which videos count.
+        tiou: (thresholds,)
+        videos: Folder of the video files, for thumbnails.
+        history: Lines of a training's log, for its loss.
+        title: The page's.
+
+    Returns:
+        The evaluation.
+    """
+    found = match(truth, results, subset=subset, tiou=tiou)
+    ap = np.array([matches.average_precision() for matches in found.values()]).reshape(-1, len(tiou)).T
+    evaluation = Evaluation(np.asarray(tiou), tuple(found), ap)
+    middle = float(tiou[np.abs(tiou - 0.5).argmin()])
+    data = {
+        "tiou": [round(float(t), 4) for t in tiou],
+        "classes": list(evaluation.classes),
+        "ap": evaluation.ap.T.tolist(),
+        "curves": [_curves(matches) for matches in found.values()],
+        "kinds": KINDS,
+        "profile": profile(truth, results, subset=subset, tiou=middle).tolist(),
+        "profile_tiou": middle,
+        "videos": _samples(truth, results, subset, None if videos is None else Path(videos)),
+        "history": [[line["step"], line["loss"]] for line in history if "loss" in line],
+    }
+    beside = Path(__file__).parent
+    page = Template((beside / "template.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        style=(beside / "style.css").read_text(encoding="utf-8"),
+        script=(beside / "script.js").read_text(encoding="utf-8"),
+        average=f"{evaluation.average_mAP:.3f}",
+        facts=_facts(truth, results, subset, found),
+        # in a script element only "</" ends the text
+        data=json.dumps(data).replace("</", "<\\/"),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+    return evaluation
+
+
+def _facts(
+    truth: Annotations, results: Mapping[str, Detections], subset: str, found: Mapping[str, Matches]
+) -> str:
+    facts = {
+        "videos": len(truth.subset(subset)),
+        "actions": sum(matches.actions for matches in found.values()),
+        "classes": len(found),
+        "detections": sum(len(detections) for detections in results.values()),
+    }
+    return "".join(f"<div><dt>{name}</dt><dd>{value:,}</dd></div>" for name, value in facts.items())
+
+
+def _curves(matches: Matches) -> list[list[list[float]]]:
+    """Recall and precision, made monotonic from the right, at no more points than can be seen; by threshold."""
+    curves = []
+    for precision, recall in zip(*matches.curves(), strict=True):
+        rising = np.maximum.accumulate(precision[::-1])[::-1]
+        chosen = np.unique(np.linspace(0, len(recall) - 1, _CORNERS).astype(int)) if len(recall) else []
+        curves.append([[round(float(recall[i]), 4), round(float(rising[i]), 4)] for i in chosen])
+    return curves
+
+
+def _samples(
+    truth: Annotations, results: Mapping[str, Detections], subset: str, folder: Path | None
+) -> list[dict[str, Any]]:
+    """Some videos evenly picked, with their actions, what was detected, and pictures."""
+    every = [video for video in truth.subset(subset) if video.actions]
+    chosen = (
+        [every[i] for i in np.unique(np.linspace(0, len(every) - 1, _SHOWN).astype(int))] if every else []
+    )
+    paths = found_files(chosen, folder)[0] if folder is not None else {}
+    samples = []
+    for video in chosen:
+        detections = results.get(video.id)
+        sure = [] if detections is None else detections.surest(_LEAST)
+        samples.append(
+            {
+                "id": video.id,
+                "duration": video.duration,
+                "actions": [[a.start, a.end, a.label] for a in video.actions],
+                "found": [
+                    [round(float(s), 3), round(float(e), 3), truth.classes[k], round(float(p), 4)]
+                    for (s, e), k, p in zip(sure.segments, sure.labels, sure.scores, strict=True)
+                ]
+                if sure
+                else [],
+                "pictures": _thumbnails(video, paths.get(video.id)),
+            }
+        )
+    return samples
+
+
+def _thumbnails(video: AnnotatedVideo, path: Path | None) -> list[str]:
+    """Pictures of a video as data URIs; none where it cannot be read."""
+    if path is None:
+        return []
+    from PIL import Image
+
+    moments = (np.arange(_THUMBNAILS) + 0.5) * video.duration / _THUMBNAILS
+    try:
+        with open_video(path) as reader:
+            first = reader.read([0])
+            size = _HIGH, max(1, round(_HIGH * first.shape[2] / first.shape[1]))
+            pictures = reader.read(shown_at(reader.times, moments).tolist(), size)
+    except VideoError:
+        return []
+    uris = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=80)
+        uris.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return uris

@@ -1,0 +1,43 @@
+"""`python -m examples.re2tal.report`: the page of a file of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003  # typer reads the annotations
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from examples.re2tal.annotations import read_annotations
+from examples.re2tal.config import thresholds
+from examples.re2tal.errors import Re2TALError
+from examples.re2tal.postprocess import read_submission
+from examples.re2tal.report import write_report
+
+
+def main(
+    ground_truth: Annotated[Path, typer.Argument(help="The annotation file.")],
+    predictions: Annotated[Path, typer.Argument(help="Detections, as ActivityNet's server takes them.")],
+    out: Annotated[Path, typer.Argument(help="The HTML file to write.")],
+    videos: Annotated[Path | None, typer.Option(help="Folder of the video files, for pictures.")] = None,
+    subset: Annotated[str, typer.Option(help="Which videos count.")] = "validation",
+    tiou: Annotated[str, typer.Option(help="first:step:last, or a list with commas.")] = "0.3:0.1:0.7",
+) -> None:
+    """Draw an evaluation as one HTML page.
+
+    Example: python -m examples.re2tal.report truth.json predictions.json report.html --videos videos
+    """
+    try:
+        truth = read_annotations(ground_truth)
+        results, _ = read_submission(predictions, truth.classes)
+        found = write_report(
+            out, truth, results, subset=subset, tiou=thresholds(tiou), videos=videos, title=predictions.name
+        )
+    except (Re2TALError, ValueError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    Console().print(f"{out}: average mAP {found.average_mAP:.4f}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""From an experiment's settings to what it needs: data set, clips, model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from examples.re2tal.annotations import read_annotations
+from examples.re2tal.backbones import Backbone, build_backbone
+from examples.re2tal.dataset import Clips
+from examples.re2tal.detector import Detector
+from examples.re2tal.heads import Head, build_head
+from examples.re2tal.memory import lay_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from examples.re2tal.annotations import Annotations
+    from examples.re2tal.config import Config
+
+
+def annotations_of(config: Config) -> Annotations:
+    """The data set."""
+    return read_annotations(config.data.annotations, classes=config.data.classes, blocked=config.data.blocked)
+
+
+def clips_of(config: Config, annotations: Annotations, *, training: bool) -> Clips:
+    """The clips to train on, or to evaluate."""
+    data, clip = config.data, config.clip
+    augment: Any = clip.augment.model_dump()
+    return Clips(
+        annotations,
+        data.train if training else data.evaluate,
+        data.videos,
+        sampling=clip.sampling,
+        frames=clip.frames,
+        positions=clip.positions,
+        size=clip.size,
+        rate=clip.rate,
+        overlap=clip.overlap,
+        training=training,
+        seed=config.seed,
+        class_agnostic=data.class_agnostic,
+        missing_ok=data.missing_ok,
+        decoder=data.decoder,
+        augment=augment,
+    )
+
+
+def backbone_of(config: Config, *, weights: bool = True) -> Backbone:
+    """The backbone as it is built, with its pretrained weights if they are wanted."""
+    name, given = config.backbone.name, config.backbone.weights if weights else None
+    return build_backbone(name, weights=given, **config.backbone.options)
+
+
+def detector_of(
+    config: Config, classes: int, *, weights: bool = True, head: Callable[[int, int], Any] | None = None
+) -> Detector:
+    """The model, its backbone laid out as `config.memory` says.
+
+    Args:
+        config: The experiment.
+        classes: How many the data set has.
+        weights: Load the backbone's pretrained weights; not needed where a checkpoint is loaded.
+        head: Makes another head than `config.head` from the numbers of channels and classes.
+    """
+    torch.manual_seed(config.seed)
+    backbone = backbone_of(config, weights=weights)
+    classes = 1 if config.data.class_agnostic else classes
+    made = head(backbone.channels, classes) if head is not None else _head(config, backbone.channels, classes)
+    mean, std = backbone.mean, backbone.std
+    example = torch.randn(config.optim.batch, 3, config.clip.frames, *config.clip.size)
+    laid_out = lay_out(backbone, example, strategy=config.memory.strategy, **config.memory.dials())
+    return Detector(
+        laid_out,
+        made,
+        positions=config.clip.positions,
+        mean=mean,
+        std=std,
+        freeze_batch_norm=config.backbone.freeze_batch_norm,
+    )
+
+
+def _head(config: Config, channels: int, classes: int) -> Head:
+    return build_head(config.head.name, in_channels=channels, classes=classes, **config.head.options)

@@ -1,0 +1,90 @@
+"""Train a detector end to end, evaluate it, and draw a report.
+
+    python -m examples.re2tal.train synthetic
+    python -m examples.re2tal.train swin_t_thumos14 memory.strategy=checkpoint output=runs/checkpointed
+    torchrun --nproc-per-node 4 -m examples.re2tal.train videomae_l_thumos14 parallel=fsdp2
+
+A run that was stopped goes on where it was: give the same command again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from examples.re2tal.config import Config, read_config
+from examples.re2tal.distributed import joined
+from examples.re2tal.errors import Re2TALError
+from examples.re2tal.evaluate import table_of
+from examples.re2tal.logs import Log, history
+from examples.re2tal.postprocess import write_submission
+from examples.re2tal.report import write_report
+from examples.re2tal.trainer import Outcome, Trainer
+from revwire.errors import RevwireError
+
+
+def run(config: Config, device: str = "auto") -> Outcome:
+    """Train, evaluate, and write `predictions.json`, `results.json` and `report.html` into the output folder."""
+    with joined(device) as world:
+        trainer = Trainer(config, world)
+        with Log(config.output, enabled=world.is_first, step=trainer.step, total=trainer.total) as log:
+            if trainer.step:
+                log.say(f"going on from step {trainer.step} of {trainer.total}")
+            trainer.fit(log)
+            outcome = trainer.outcome(log)
+        if world.is_first:
+            _write(config, trainer, outcome)
+        world.wait()
+    return outcome
+
+
+def _write(config: Config, trainer: Trainer, outcome: Outcome) -> None:
+    classes = trainer.annotations.classes
+    write_submission(config.output / "predictions.json", outcome.results, classes)
+    evaluation = outcome.evaluation
+    figures = {
+        "tiou": evaluation.tiou.tolist(),
+        "mAP": evaluation.mAP.tolist(),
+        "average_mAP": evaluation.average_mAP,
+        "ap": {name: evaluation.ap[:, i].tolist() for i, name in enumerate(evaluation.classes)},
+        "skipped": {**trainer.skipped, **outcome.skipped},
+    }
+    write_report(
+        config.output / "report.html",
+        trainer.annotations,
+        outcome.results,
+        subset=config.data.evaluate,
+        tiou=evaluation.tiou,
+        videos=config.data.videos,
+        history=history(config.output / "log.jsonl"),
+        title=str(config.output),
+    )
+    (config.output / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.of.the.setting=value ...")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train a detector end to end, evaluate it, and draw a report.
+
+    Example: python -m examples.re2tal.train synthetic memory.strategy=plain output=runs/plain
+    """
+    try:
+        settings = read_config(config, overrides or [])
+        outcome = run(settings, device)
+    except (Re2TALError, RevwireError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    console = Console()
+    console.print(table_of(outcome.evaluation))
+    console.print(f"report: {Path(settings.output) / 'report.html'}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
