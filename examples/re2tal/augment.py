@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 Augmentation = dict[str, float | bool]
-"""Names and strengths; see `augmentation`."""
+"""Names and strengths; see `Change`."""
 
 
-def augmentation(
-    size: tuple[int, int], *, crop: float = 1.0, flip: bool = False, jitter: float = 0.0
-) -> Callable[[Tensor], Tensor]:
-    """A random change of clips (frames, 3, height, width), uint8.
+class Change:
+    """A random change of clips (frames, 3, height, width), uint8, the same for all their pictures.
 
     Args:
         size: Height and width of what comes out.
@@ -27,25 +20,23 @@ def augmentation(
         flip: Mirror half of the clips. Leave it out where left and right tell classes apart.
         jitter: By which part brightness, contrast and saturation change at most.
     """
-    steps: list[v2.Transform] = []
-    if crop < 1:
-        steps.append(v2.RandomResizedCrop(size, scale=(crop, 1.0), antialias=True))
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if jitter:
-        steps.append(v2.ColorJitter(jitter, jitter, jitter))
-    together = v2.Compose(steps) if steps else v2.Identity()
 
-    def change(frames: Tensor) -> Tensor:
-        # torchvision draws once for a Video; it would also for a batch, but only this says so
-        changed: Tensor = together(tv_tensors.Video(frames))
-        return changed.as_subclass(Tensor)
+    def __init__(
+        self, size: tuple[int, int], *, crop: float = 1.0, flip: bool = False, jitter: float = 0.0
+    ) -> None:
+        steps: list[v2.Transform] = []
+        if crop < 1:
+            steps.append(v2.RandomResizedCrop(size, scale=(crop, 1.0), antialias=True))
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if jitter:
+            steps.append(v2.ColorJitter(jitter, jitter, jitter))
+        self._together = v2.Compose(steps) if steps else v2.Identity()
 
-    return change
-
-
-def seeded(change: Callable[[Tensor], Tensor], frames: Tensor, seed: int) -> Tensor:
-    """`change(frames)` with random numbers of its own; torch's generator goes on as if nothing was drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return change(frames)
+    def __call__(self, frames: Tensor, seed: int) -> Tensor:
+        """The changed clip; torch's generator goes on as if nothing was drawn."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # torchvision draws once for a Video; it would also for a batch, but only this says so
+            changed: Tensor = self._together(tv_tensors.Video(frames))
+            return changed.as_subclass(Tensor)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from examples.re2tal import sampling
-from examples.re2tal.augment import augmentation, seeded
+from examples.re2tal.augment import Change
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.sampling import TimeGrid, View
 from examples.re2tal.video import VideoError, open_video, shown_at
@@ -114,7 +114,7 @@ class Clips(Dataset[Clip]):
         seed: Of everything random.
         class_agnostic: All labels are 0, for a head that only tells action from background.
         decoder: See `open_video`.
-        augment: Arguments of `augmentation`, in training.
+        augment: Arguments of `Change`, in training.
 
     Raises:
         Re2TALError: a video's file is missing, and `missing_ok` is not set; the message says which and where it was
@@ -148,7 +148,7 @@ class Clips(Dataset[Clip]):
         self.sampling, self.frames, self.positions, self.size = sampling, frames, positions, size
         self.rate, self.overlap, self.training, self.seed = rate, overlap, training, seed
         self.class_agnostic, self.decoder, self.epoch = class_agnostic, decoder, 0
-        self.change = augmentation(size, **(augment or {})) if training else None  # type: ignore[arg-type]
+        self.change = Change(size, **(augment or {})) if training else None  # type: ignore[arg-type]
         videos = [v for v in annotations.subset(subset) if v.actions or not training]
         self.paths, self.missing = found_files(videos, Path(folder))
         if self.missing and (not missing_ok or not self.paths):
@@ -220,7 +220,7 @@ class Clips(Dataset[Clip]):
             pictures = reader.read(shown_at(reader.times, view.times), self.size)
         frames = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         if self.change is not None:
-            frames = seeded(self.change, frames, int(random.integers(2**31)))
+            frames = self.change(frames, int(random.integers(2**31)))
         return Clip(
             video.id,
             frames.contiguous(),
