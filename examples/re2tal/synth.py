@@ -205,7 +205,7 @@ def _inside(kind: int, centre: Floats, radius: float, angle: float) -> NDArray[n
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    training: Annotated[int, typer.Option("--videos", min=1, help="Videos to train on.")] = 160,
+    training: Annotated[int, typer.Option("--videos", min=1, help="Videos to train on.")] = 320,
     held_out: Annotated[int, typer.Option(min=1, help="Videos to evaluate on.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="How many to draw at a time.")] = os.cpu_count() or 1,
