@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint bench coverage docs clean
+.PHONY: demo test lint bench coverage tal docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,14 @@ bench: $(VENV)/.installed
 # every architecture of timm, torchvision and transformers; about an hour, and goes on where it was stopped
 coverage: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.coverage
+
+# the flagship on a synthetic set: makes it, fine-tunes the rewired backbone, trains end to end and draws
+# runs/synthetic/report.html; minutes on two cores. A run that was stopped goes on. One thread: the decoder has the other core
+tal: export OMP_NUM_THREADS ?= 1
+tal: $(VENV)/.installed
+	$(VENV)/bin/python -m examples.re2tal.synth data/synthetic
+	$(VENV)/bin/python -m examples.re2tal.pretrain synthetic
+	$(VENV)/bin/python -m examples.re2tal.train synthetic backbone.weights=runs/synthetic/pretrain/backbone.safetensors
 
 # the site, into build/site
 docs: $(VENV)/.installed
