@@ -16,6 +16,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,14 @@ from revwire.memory.measure import mean_square, measure_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"strategy": "plain"},
+    "checkpoint": {"strategy": "checkpoint"},
+    "rewired": {"strategy": "rewired"},
+    "rewired, transitions": {"strategy": "rewired", "transitions": "checkpoint"},
+}
+"""Ways of the backbone's step whose memory is compared: arguments of `lay_out`."""
 
 _TUNED = ("optim.lr=3.0e-4", "optim.backbone_lr=3.0e-4", "optim.warmup=0.5")
 
@@ -123,16 +132,23 @@ def memory_of(config: Config, limit: str) -> list[dict[str, Any]]:
     """What the backbone's training step holds and peaks at, and the longest clip that fits, for each way."""
     shape = (config.optim.batch, 3, config.clip.frames, *config.clip.size)
     clip, rows = torch.randn(shape), []
-    ways: dict[str, Any] = {"plain": "plain", "checkpoint": "checkpoint", "rewired": "rewired"}
+    ways = {way: partial(_laid_out, shape, arguments) for way, arguments in WAYS.items()}
     fits = revwire.estimate(
         backbone_of(config), (clip,), strategies=ways, optimizer=None, limit=limit, vary=2
     )
-    for way in ways:
-        backbone = lay_out(backbone_of(config), clip, strategy=way)
+    for way, laid_out in ways.items():
+        backbone = laid_out(backbone_of(config))
         measure_step(backbone, clip, mean_square)
         step = measure_step(backbone, clip, mean_square)
+        if fits[way].failure:
+            raise RuntimeError(f"{way}: {fits[way].failure}")
         rows.append({"way": way, "held": step.held, "peak": step.peak, "longest_clip": fits[way].fits})
     return rows
+
+
+def _laid_out(shape: tuple[int, ...], arguments: Mapping[str, Any], backbone: Any) -> Any:
+    # estimates have the backbone on the meta device
+    return lay_out(backbone, torch.empty(shape, device=next(backbone.parameters()).device), **arguments)
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -217,7 +233,7 @@ def main(
     console.print(table_of(rows))
     for row in memory:
         console.print(
-            f"{row['way']:<11} held {row['held'] / 2**20:7.1f} MiB, peak {row['peak'] / 2**20:7.1f} MiB; "
+            f"{row['way']:<21} held {row['held'] / 2**20:7.1f} MiB, peak {row['peak'] / 2**20:7.1f} MiB; "
             f"{row['longest_clip']} pictures fit {limit}",
             highlight=False,
         )
