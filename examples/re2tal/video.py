@@ -162,19 +162,28 @@ class PyAVReader(VideoReader):
 
     def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | None) -> NDArray[np.uint8]:
         context = self._stream.codec_context
-        height, width = size or (context.height, context.width)
-        # one array for all: fresh arrays for every picture cost more in page faults than the decoding
-        out = np.empty((len(chosen), height, width, 3), dtype=np.uint8)
+        own = context.height, context.width
+        out = np.empty((0, *(size or own), 3), dtype=np.uint8)
         wanted, places = np.unique(chosen, return_inverse=True)
         with _named(self._path):
             for number, frame in enumerate(self._frames(self._index.pts[wanted])):
-                rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
-                plane = rgb.planes[0]
-                rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
-                picture = rows[:height, : 3 * width].reshape(height, width, 3)
+                turns = round(frame.rotation / 90) % 4  # a phone's picture lies on its side, and says so
+                if not number:
+                    # one array for all: fresh arrays for every picture cost more in page faults than the decoding
+                    shape = size or (own[::-1] if turns % 2 else own)
+                    out = np.empty((len(chosen), *shape, 3), dtype=np.uint8)
+                picture = self._rgb(frame, turns, out.shape[1:3])
                 for place in np.flatnonzero(places == number):
                     out[place] = picture
         return out
+
+    def _rgb(self, frame: av.VideoFrame, turns: int, size: tuple[int, ...]) -> NDArray[np.uint8]:
+        """A frame as it is shown, scaled to a size, after so many quarter turns to the left."""
+        height, width = size[::-1] if turns % 2 else size
+        rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24")
+        plane = rgb.planes[0]
+        rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+        return np.rot90(rows[:height, : 3 * width].reshape(height, width, 3), turns)
 
     def _frames(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
         """The frames of ascending time stamps."""
@@ -229,10 +238,12 @@ class TorchCodecReader(VideoReader):
             raise VideoError(path, reason) from None
 
     def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | None) -> NDArray[np.uint8]:
+        import torch
         from torchvision.transforms.v2.functional import resize
 
         try:
-            pictures = self._decoder.get_frames_at(chosen.tolist()).data
+            # a list would do, but for an empty one, whose type it cannot tell
+            pictures = self._decoder.get_frames_at(torch.from_numpy(chosen)).data
         except (RuntimeError, IndexError) as error:
             raise VideoError(self._path, str(error).strip().splitlines()[0]) from None
         if size is not None:
@@ -249,6 +260,8 @@ def _scan(path: Path) -> _Index:
     """List the pictures of a file from its packets."""
     if not path.is_file():
         raise VideoError(path, "there is no such file")
+    if not path.stat().st_size:
+        raise VideoError(path, "it is empty")
     with _named(path), av.open(str(path)) as container:
         if not container.streams.video:
             raise VideoError(path, "there is no video in it")

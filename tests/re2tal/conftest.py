@@ -1,5 +1,6 @@
 """Small video files of every kind: constant rate, varying rate, cut by an edit list."""
 
+import struct
 from fractions import Fraction
 
 import av
@@ -19,17 +20,19 @@ def pictures(count=PICTURES, seed=0):
         yield picture
 
 
-def write(path, times=None, rate=12, count=PICTURES, seed=0, **options):
+def write(path, times=None, rate=12, count=PICTURES, seed=0, size=(SIDE, SIDE), pixels="yuv420p", **options):
     """Write an h264 file whose pictures are shown at `times` milliseconds, or at a constant rate."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=rate)
-        stream.width = stream.height = SIDE
-        stream.pix_fmt = "yuv420p"
+        stream.height, stream.width = size
+        stream.pix_fmt = pixels
         stream.options = {"crf": "23", "g": "25", "bf": "2"}
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for i, picture in enumerate(pictures(count, seed)):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(picture[: size[0], : size[1]]), format="rgb24"
+            )
             frame.pts = i if times is None else int(times[i])
             if times is not None:
                 frame.time_base = Fraction(1, 1000)
@@ -50,6 +53,16 @@ def cut(source, path, seconds):
             packet.pts, packet.dts = packet.pts - start, packet.dts - start
             packet.stream = copy
             written.mux(packet)
+    return path
+
+
+def turned(source, path, quarters):
+    """A copy of an mp4 whose header asks players to turn the pictures to the right, as phones write it."""
+    one, data = 1 << 16, bytearray(source.read_bytes())
+    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters % 4]
+    place = data.index(b"tkhd") + 44  # of the matrix, in the track's header
+    struct.pack_into(">5i", data, place, cosine * one, sine * one, 0, -sine * one, cosine * one)
+    path.write_bytes(data)
     return path
 
 

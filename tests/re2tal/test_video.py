@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.video import VideoError, open_video, shown_at
-from tests.re2tal.conftest import PICTURES, decoded, write
+from tests.re2tal.conftest import PICTURES, decoded, turned, write
 
 KINDS = ["constant rate", "varying rate", "edit list"]
 
@@ -86,6 +86,32 @@ def test_the_picture_of_a_moment_is_the_one_on_show():
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_pictures_are_turned_as_a_player_turns_them(tmp_path, decoder, quarters):
+    upright = write(tmp_path / "upright.mp4", size=(48, 64))
+    on_its_side = turned(upright, tmp_path / "turned.mp4", quarters)
+    wanted = np.rot90(np.stack(decoded(upright))[[80, 3]], -quarters, axes=(1, 2))
+    with open_video(on_its_side, decoder=decoder) as reader:
+        assert np.array_equal(reader.read([80, 3]), wanted)
+        small = reader.read([80, 3], (8, 16)).astype(float)
+    blocks = wanted.reshape(2, 8, -1, 16, wanted.shape[2] // 16, 3).mean(axis=(2, 4))
+    assert np.abs(small - blocks).mean() < 4
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("size", "pixels"), [((47, 61), "yuv444p"), ((2, 64), "yuv420p"), ((48, 64), "yuv420p10le")]
+)
+def test_pictures_of_any_size_and_depth(tmp_path, decoder, size, pixels):
+    path = write(tmp_path / "odd.mp4", size=size, pixels=pixels)
+    with open_video(path, decoder=decoder) as reader:
+        found, wanted = reader.read([70, 7]).astype(int), np.stack(decoded(path))[[70, 7]]
+        # of ten bits each FFmpeg makes eight in its own way
+        assert np.abs(found - wanted).mean() <= (1 if "10" in pixels else 0)
+        assert reader.read([5], (32, 32)).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_pictures_are_scaled(files, decoder):
     with open_video(files["constant rate"], decoder=decoder) as reader:
         whole = reader.read([0, 40]).astype(float)
@@ -122,6 +148,9 @@ def test_little_is_decoded_for_little(files):
 def test_what_is_no_video_says_so(tmp_path):
     with pytest.raises(VideoError, match=r"none\.mp4: there is no such file"):
         open_video(tmp_path / "none.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(VideoError, match=r"empty\.mp4: it is empty"):
+        open_video(tmp_path / "empty.mp4")
     (tmp_path / "text.mp4").write_bytes(b"hello" * 1000)
     with pytest.raises(VideoError, match=r"text\.mp4: Invalid data"):
         open_video(tmp_path / "text.mp4")
@@ -160,6 +189,7 @@ def test_there_is_no_picture_beyond_the_last(files):
             with pytest.raises(VideoError, match=f"pictures 0 to {PICTURES - 1}"):
                 reader.read([index])
         assert reader.read([]).shape == (0, 64, 64, 3)
+        assert reader.read([], (8, 6)).shape == (0, 8, 6, 3)
 
 
 def test_the_error_travels_between_processes():
