@@ -20,6 +20,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,7 @@ class AnnotatedVideo:
         duration: Its length in seconds.
         fps: Frames per second, None where the file does not tell.
         frames: Number of frames, None where the file does not tell.
-        actions: By start.
+        entries: What the file lists, in its order. Evaluation counts all of it, as the official code does.
     """
 
     id: str
@@ -66,7 +67,13 @@ class AnnotatedVideo:
     duration: float
     fps: float | None
     frames: int | None
-    actions: tuple[Action, ...]
+    entries: tuple[Action, ...]
+
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        """What there is to learn, by start: entries that last some time, lie in the video and repeat none."""
+        sound = {action for action in self.entries if not _fault(action, self.duration)}
+        return tuple(sorted(sound, key=lambda action: (action.start, action.end, action.label)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Annotations:
         videos: By id, in the file's order.
         classes: Names of the classes; a label's index is its place here.
         version: What the file calls itself.
-        dropped: How many entries were left out, by reason.
+        dropped: How many videos and entries were left out, by reason.
+        faulty: How many entries are not trained on, by reason; see `AnnotatedVideo.actions`.
         blocked: Ids of videos that were left out.
     """
 
@@ -85,6 +93,7 @@ class Annotations:
     classes: tuple[str, ...]
     version: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)
+    faulty: Mapping[str, int] = field(default_factory=dict)
     blocked: frozenset[str] = frozenset()
 
     def subset(self, name: str) -> tuple[AnnotatedVideo, ...]:
@@ -109,7 +118,8 @@ def read_annotations(
 ) -> Annotations:
     """Read an annotation file in any of the dialects above.
 
-    Entries of no length, those that repeat another one, and those outside of their video are left out and counted.
+    Entries of no length, those that repeat another one, and those outside of their video are counted: there is
+    nothing to learn from them, but the official evaluation has them in its number of actions.
 
     Args:
         path: The JSON file.
@@ -134,7 +144,7 @@ def read_annotations(
         where = f"{path}: database.{key}"
         videos[key] = _video(key, _object(entry, where), where, frozenset(ignored), ids, dropped)
     names = _classes(videos, ids, classes)
-    return Annotations(videos, names, str(data.get("version", "")), dict(dropped), gone)
+    return Annotations(videos, names, str(data.get("version", "")), dict(dropped), _faults(videos), gone)
 
 
 def _video(
@@ -154,27 +164,23 @@ def _video(
     entries = entry.get("annotations", [])
     if not isinstance(entries, list):
         raise AnnotationError(f"{where}.annotations is {type(entries).__name__}, not a list")
-    actions = []
+    listed = []
     for i, annotation in enumerate(entries):
         action, label_id = _action(annotation, f"{where}.annotations[{i}]")
-        if reason := _fault(action, duration, ignored):
-            dropped[reason] += 1
-        elif action in actions:
-            dropped["repeated segments"] += 1
-        else:
-            actions.append(action)
-            if label_id is not None and ids.setdefault(action.label, label_id) != label_id:
-                before = ids[action.label]
-                raise AnnotationError(
-                    f"{where}.annotations[{i}].label_id is {label_id}, but {action.label!r} was {before} before"
-                )
+        if action.label in ignored:
+            dropped[f"{action.label} segments"] += 1
+            continue
+        listed.append(action)
+        if label_id is not None and ids.setdefault(action.label, label_id) != label_id:
+            before = ids[action.label]
+            raise AnnotationError(
+                f"{where}.annotations[{i}].label_id is {label_id}, but {action.label!r} was {before} before"
+            )
     frames = None if entry.get("frame") is None else int(_number(entry["frame"], f"{where}.frame"))
     fps = None if entry.get("fps") is None else _number(entry["fps"], f"{where}.fps")
     if fps is None and frames is not None:
         fps = frames / duration
-    return AnnotatedVideo(
-        key, subset, duration, fps, frames, tuple(sorted(actions, key=lambda a: (a.start, a.end)))
-    )
+    return AnnotatedVideo(key, subset, duration, fps, frames, tuple(listed))
 
 
 def _action(entry: Any, where: str) -> tuple[Action, int | None]:
@@ -190,10 +196,8 @@ def _action(entry: Any, where: str) -> tuple[Action, int | None]:
     return Action(start, end, label), label_id
 
 
-def _fault(action: Action, duration: float, ignored: frozenset[str]) -> str:
-    """Why an action is left out, empty if it is not."""
-    if action.label in ignored:
-        return f"{action.label} segments"
+def _fault(action: Action, duration: float) -> str:
+    """Why there is nothing to learn from an action, empty if there is."""
     if action.end <= action.start:
         return "segments that end before they start"
     if action.start >= duration or action.end <= 0:
@@ -201,10 +205,18 @@ def _fault(action: Action, duration: float, ignored: frozenset[str]) -> str:
     return ""
 
 
+def _faults(videos: Mapping[str, AnnotatedVideo]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for video in videos.values():
+        counts["repeated segments"] += len(video.entries) - len(set(video.entries))
+        counts.update(filter(None, (_fault(action, video.duration) for action in set(video.entries))))
+    return {reason: count for reason, count in counts.items() if count}
+
+
 def _classes(
     videos: Mapping[str, AnnotatedVideo], ids: Mapping[str, int], file: str | Path | None
 ) -> tuple[str, ...]:
-    labels = {action.label for video in videos.values() for action in video.actions}
+    labels = {action.label for video in videos.values() for action in video.entries}
     if file is not None:
         try:
             names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
@@ -290,6 +302,8 @@ def main(
     console.print(table)
     for reason, count in annotations.dropped.items():
         console.print(f"left out: {count} {reason}")
+    for reason, count in annotations.faulty.items():
+        console.print(f"not trained on, yet counted by evaluation: {count} {reason}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _kinds(
     for key, detections in results.items():
         if key in truth.blocked:
             continue
-        actions = videos[key].actions if key in videos else ()
+        actions = videos[key].entries if key in videos else ()
         own, others = (_segments(actions, name, same=same) for same in (True, False))
         chosen = np.flatnonzero(detections.labels == label)
         kinds[key] = {

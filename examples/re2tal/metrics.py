@@ -8,6 +8,10 @@ over recall, precision made monotonic (VOC 2011). mAP is its mean over the class
 Detections of videos that the subset does not have, or of classes that a video has no action of, are false positives.
 Of detections of equal score the one that stands last goes first: the official code reverses a sort by rising score,
 which leaves their order to numpy; here that sort is stable.
+
+Actions are all entries of the file, also those that are listed twice, have no length or lie outside of their video:
+each is one more to find. The tIoU of an action and a detection that both have no length is 0 / 0; the official code
+asks whether it is below the threshold, so they match.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from examples.re2tal.annotations import AnnotationError
 from examples.re2tal.postprocess import tiou as overlap_of
 
 if TYPE_CHECKING:
@@ -102,11 +107,11 @@ def evaluate(
             does not have is false; only blocked videos are left out.
         subset: Which videos count.
         tiou: (thresholds,)
-        drop_duplicates: Count actions of one label whose ends differ by less than a millisecond once, as OpenTAD
-            does; the official code counts each.
+        drop_duplicates: As OpenTAD, count actions of one label whose ends differ by less than a millisecond once, and
+            those of no length not at all; the official code counts each.
 
     Raises:
-        AnnotationError: the annotations have no such subset.
+        AnnotationError: the annotations have no such subset, or it has no actions.
     """
     found = match(truth, results, subset=subset, tiou=tiou, drop_duplicates=drop_duplicates)
     ap = np.array([matches.average_precision() for matches in found.values()]).reshape(-1, len(tiou)).T
@@ -123,6 +128,8 @@ def match(
 ) -> dict[str, Matches]:
     """Each class that the subset has actions of, with its detections matched. Arguments as for `evaluate`."""
     actions = _actions(truth.subset(subset), drop_duplicates=drop_duplicates)
+    if not actions:
+        raise AnnotationError(f"the videos of the subset {subset!r} have no actions to evaluate against")
     results = {key: detections for key, detections in results.items() if key not in truth.blocked}
     return {
         name: _matches(label, actions[name], results, np.asarray(tiou, dtype=np.float64))
@@ -152,8 +159,8 @@ def recall_at(
     videos, index = truth.subset(subset), {name: i for i, name in enumerate(truth.classes)}
     found, total = np.zeros((len(times), len(tiou))), 0
     for video in videos:
-        for name in {action.label for action in video.actions}:
-            segments = np.array([(a.start, a.end) for a in video.actions if a.label == name])
+        for name in {action.label for action in video.entries}:
+            segments = np.array([(a.start, a.end) for a in video.entries if a.label == name])
             total += len(segments)
             if video.id not in results:
                 continue
@@ -171,11 +178,16 @@ def _actions(videos: Sequence[AnnotatedVideo], *, drop_duplicates: bool) -> dict
         lambda: defaultdict(list)
     )
     for video in videos:
-        for action in video.actions:
+        for action in video.entries:
             segment, there = (action.start, action.end), listed[action.label][video.id]
-            if not (drop_duplicates and any(_same(segment, other) for other in there)):
+            void = action.end <= action.start or any(_same(segment, other) for other in there)
+            if not (drop_duplicates and void):
                 there.append(segment)
-    return {name: {key: np.array(s) for key, s in by_video.items()} for name, by_video in listed.items()}
+    found = {
+        name: {key: np.array(segments) for key, segments in by_video.items() if segments}
+        for name, by_video in listed.items()
+    }
+    return {name: by_video for name, by_video in found.items() if by_video}
 
 
 def _same(one: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -215,6 +227,8 @@ def _greedy(segments: Floats, actions: Floats | None, tiou: Floats) -> NDArray[n
     if actions is None:
         return positive
     overlaps = overlap_of(segments[:, None], actions[None])
+    lengths = np.diff(segments) + np.diff(actions).T
+    overlaps[(lengths == 0) & (overlaps == 0)] = np.inf  # 0 / 0, see above
     # the official code goes through actions by argsort()[::-1]: of equal tIoU the later first
     orders = np.argsort(overlaps, axis=1, kind="stable")[:, ::-1]
     thresholds = np.arange(len(tiou))

@@ -96,19 +96,21 @@ def test_thumos_after_actionformer_keeps_its_indices_and_two_labels_of_one_segme
     assert found.videos["video_test_1"].fps == 25
 
 
-def test_thumos_after_opentad_drops_and_counts(written, tmp_path):
+def test_thumos_after_opentad_is_cleaned_for_training_and_whole_for_evaluation(written, tmp_path):
     names = tmp_path / "category_idx.txt"
     names.write_text("HighJump\nDiving\n")
     found = read_annotations(written(OPENTAD), classes=names)
     assert found.classes == ("HighJump", "Diving")
     assert found.videos["video_validation_1"].fps == 30
     assert found.videos["video_validation_1"].actions == (Action(3.2, 7.9, "Diving"),)
-    assert found.dropped == {
+    assert found.dropped == {"Ambiguous segments": 1}
+    assert found.faulty == {
         "repeated segments": 1,
-        "Ambiguous segments": 1,
         "segments that end before they start": 1,
         "segments outside of their video": 1,
     }
+    segments = [(3.2, 7.9), (3.2, 7.9), (9.0, 8.0), (41.0, 44.0)]
+    assert [(action.start, action.end) for action in found.videos["video_validation_1"].entries] == segments
 
 
 def test_a_subset_is_the_one_of_that_very_name(written):
@@ -175,7 +177,8 @@ def test_the_command_tells_what_is_there_and_what_is_wrong(written):
     app.command()(module.main)
     result = CliRunner().invoke(app, [str(written(OPENTAD))])
     assert result.exit_code == 0
-    assert "1 Ambiguous segments" in result.output
+    assert "left out: 1 Ambiguous segments" in result.output
+    assert "not trained on, yet counted by evaluation: 1 repeated segments" in result.output
     result = CliRunner().invoke(app, [str(written({"database": 1}))])
     assert result.exit_code == 1
     assert "database is int" in result.output

@@ -158,6 +158,7 @@ def files(tmp_path):
             "duration": 20,
             "annotations": [{"label": "a", "segment": [1, 5]}, {"label": "b", "segment": [8, 9]}],
         },
+        "t": {"subset": "testing", "duration": 20, "annotations": []},
         "w": {"subset": "training", "duration": 20, "annotations": [{"label": "c", "segment": [1, 5]}]},
     }
     truth, predictions = tmp_path / "truth.json", tmp_path / "predictions.json"
@@ -192,7 +193,11 @@ def test_the_command_prints_one_object_or_a_table(files):
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(["--subset", "val"], "no video of the subset 'val'"), (["--tiou", "2"], "'2' are no thresholds")],
+    [
+        (["--subset", "val"], "no video of the subset 'val'"),
+        (["--subset", "testing"], "of the subset 'testing' have no actions to evaluate against"),
+        (["--tiou", "2"], "'2' are no thresholds"),
+    ],
 )
 def test_the_command_says_what_is_wrong(files, change, told):
     result = invoke(*files, *change)
