@@ -38,6 +38,10 @@ class VideoMAE(Backbone):
         super().__init__()
         config = model.config
         self.model = model
+        # a plain attribute there: it would stay behind when the model moves, and be copied over at every step
+        table = vars(model.embeddings).pop("position_embeddings", None)
+        if table is not None:
+            model.embeddings.register_buffer("position_embeddings", table, persistent=False)
         self.channels: int = config.hidden_size
         self.frames, self.size = config.num_frames, [config.image_size] * 2
         self.steps = config.num_frames // config.tubelet_size
