@@ -26,6 +26,7 @@ from examples.re2tal.errors import Re2TALError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from av.container import InputContainer
     from numpy.typing import NDArray
     from typing_extensions import Self
 
@@ -155,7 +156,7 @@ class PyAVReader(VideoReader):
     def __init__(self, path: str | Path, threads: int = 1) -> None:
         super().__init__(path)
         with _named(self._path):
-            self._container = av.open(str(self._path))
+            self._container = _opened(self._path)
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = threads
         self._reformatter = VideoReformatter()
@@ -258,11 +259,7 @@ class TorchCodecReader(VideoReader):
 
 def _scan(path: Path) -> _Index:
     """List the pictures of a file from its packets."""
-    if not path.is_file():
-        raise VideoError(path, "there is no such file")
-    if not path.stat().st_size:
-        raise VideoError(path, "it is empty")
-    with _named(path), av.open(str(path)) as container:
+    with _named(path), _opened(path) as container:
         if not container.streams.video:
             raise VideoError(path, "there is no video in it")
         stream = container.streams.video[0]
@@ -286,10 +283,19 @@ def _scan(path: Path) -> _Index:
     return _Index(pts, np.array(sorted(keys), dtype=np.int64), base, last)
 
 
+def _opened(path: Path) -> InputContainer:
+    if not path.is_file():
+        raise VideoError(path, "there is no such file")
+    if not path.stat().st_size:
+        raise VideoError(path, "it is empty")
+    # a title that is no UTF-8 keeps nobody from reading the pictures
+    return av.open(str(path), metadata_errors="replace")
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What FFmpeg complains of in the block is an error of this file."""
+    """What FFmpeg or the file system complains of in the block is an error of this file."""
     try:
         yield
-    except FFmpegError as error:
+    except (FFmpegError, OSError) as error:
         raise VideoError(path, error.strerror or str(error)) from None

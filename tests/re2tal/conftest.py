@@ -20,9 +20,20 @@ def pictures(count=PICTURES, seed=0):
         yield picture
 
 
-def write(path, times=None, rate=12, count=PICTURES, seed=0, size=(SIDE, SIDE), pixels="yuv420p", **options):
+def write(
+    path,
+    times=None,
+    rate=12,
+    count=PICTURES,
+    seed=0,
+    size=(SIDE, SIDE),
+    pixels="yuv420p",
+    title="",
+    **options,
+):
     """Write an h264 file whose pictures are shown at `times` milliseconds, or at a constant rate."""
     with av.open(str(path), "w", options=options) as container:
+        container.metadata["title"] = title
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = size
         stream.pix_fmt = pixels
@@ -68,7 +79,7 @@ def turned(source, path, quarters):
 
 def decoded(path):
     """All pictures of a file, read from its beginning to its end."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 

@@ -145,6 +145,24 @@ def test_little_is_decoded_for_little(files):
         assert counting.count <= 12
 
 
+def test_a_title_in_another_alphabet_is_no_fault(tmp_path):
+    path = write(tmp_path / "titled.mp4", count=10, title="Grüße")
+    path.write_bytes(path.read_bytes().replace("Grüße".encode(), "Grüße  ".encode("latin-1")))
+    with open_video(path) as reader:
+        assert np.array_equal(reader.read(range(10)), np.stack(list(decoded(path))))
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    path = write(tmp_path / "stale.mp4", count=10)
+
+    def stale(*_args, **_options):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(av, "open", stale)
+    with pytest.raises(VideoError, match=r"stale\.mp4: Stale file handle"):
+        open_video(path)
+
+
 def test_what_is_no_video_says_so(tmp_path):
     with pytest.raises(VideoError, match=r"none\.mp4: there is no such file"):
         open_video(tmp_path / "none.mp4")
