@@ -226,6 +226,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup ({self.optim.warmup:g}) leaves nothing of {self.optim.epochs} epochs"
             )
+        if self.data.class_agnostic != (self.evaluation.video_classes is not None):
+            raise ValueError(
+                "data.class_agnostic tells actions from background alone and evaluation.video_classes which they are: "
+                "set both, or none"
+            )
         if self.memory.strategy != "rewired" and (dials := self.memory.dials()):
             raise ValueError(
                 f"memory.{next(iter(dials))} is a dial of memory.strategy=rewired, which is {self.memory.strategy}"
@@ -253,8 +258,10 @@ def read_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         for override in overrides:
             _override(settings, override)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate(settings)
     except ValidationError as error:

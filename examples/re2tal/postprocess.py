@@ -195,8 +195,12 @@ def read_video_classes(path: str | Path, classes: Sequence[str]) -> dict[str, Fl
         raise Re2TALError(f'{path} is not {{"results": {{id: scores}}, "class": names}}')
     if missing := sorted(set(classes) - set(names)):
         raise Re2TALError(f"{path} has no scores of {', '.join(missing[:5])}")
-    order = [names.index(name) for name in classes]
-    return {key: np.asarray(scores, dtype=np.float64)[order] for key, scores in results.items()}
+    order, found = [names.index(name) for name in classes], {}
+    for key, scores in results.items():
+        if not isinstance(scores, list) or len(scores) != len(names):
+            raise Re2TALError(f"{path}: results.{key} is no list of a score for each of {len(names)} classes")
+        found[key] = np.asarray(scores, dtype=np.float64)[order]
+    return found
 
 
 def write_submission(path: str | Path, results: Mapping[str, Detections], classes: Sequence[str]) -> None:
@@ -224,6 +228,8 @@ def read_submission(path: str | Path, classes: Sequence[str]) -> tuple[dict[str,
     index = {name: i for i, name in enumerate(classes)}
     found, unknown = {}, 0
     for key, entries in results.items():
+        if not isinstance(entries, list):
+            raise Re2TALError(f"{path}: results.{key} is {type(entries).__name__}, not a list of detections")
         rows = [_row(entry, f"{path}: results.{key}[{i}]") for i, entry in enumerate(entries)]
         known = [row for row in rows if row[0] in index]
         unknown += len(rows) - len(known)

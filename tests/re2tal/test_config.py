@@ -45,6 +45,8 @@ def test_settings_are_overridden_one_by_one():
         ("optim.lr", "'optim.lr' is not key=value"),
         ("optim.lr.head=3", r"optim\.lr\.head: there are no settings below optim\.lr"),
         ("seed=[", "is not YAML"),
+        ("data.class_agnostic=true", "set both, or none"),
+        ("evaluation.video_classes=scores.json", "set both, or none"),
     ],
 )
 def test_a_wrong_setting_is_named(override, told):
@@ -63,6 +65,12 @@ def test_a_missing_file_says_what_there_is(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.yaml"):
         read_config(tmp_path / "empty.yaml")
+    (tmp_path / "torn.yaml").write_bytes(b"\xff\xfe\x00output")
+    with pytest.raises(ConfigError, match=r"torn\.yaml cannot be read"):
+        read_config(tmp_path / "torn.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_config(tmp_path / "folder.yaml")
 
 
 def test_a_written_configuration_comes_back(tmp_path):

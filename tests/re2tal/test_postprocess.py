@@ -114,6 +114,9 @@ def test_video_classes_come_in_the_order_of_the_classes(tmp_path):
     assert read_video_classes(path, ["a", "b", "c"])["x"].tolist() == [0.2, 0.7, 0.1]
     with pytest.raises(Re2TALError, match="no scores of d"):
         read_video_classes(path, ["a", "d"])
+    path.write_text(json.dumps({"results": {"x": [0.1, 0.2]}, "class": ["c", "a", "b"]}))
+    with pytest.raises(Re2TALError, match=r"results\.x is no list of a score for each of 3 classes"):
+        read_video_classes(path, ["a"])
 
 
 def test_windows_are_put_together():
@@ -149,6 +152,13 @@ def test_a_fault_of_a_submission_is_told_with_its_place(tmp_path, entry, told):
     good = {"label": "a", "segment": [1, 2], "score": 0.5}
     path.write_text(json.dumps({"results": {"v": [good, entry]}}))
     with pytest.raises(Re2TALError, match=told):
+        read_submission(path, ["a"])
+
+
+def test_a_video_has_a_list_of_detections(tmp_path):
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps({"results": {"v": None}}))
+    with pytest.raises(Re2TALError, match=r"results\.v is NoneType, not a list"):
         read_submission(path, ["a"])
 
 
