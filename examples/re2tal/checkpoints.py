@@ -61,6 +61,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
         old.unlink()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is never seen half written."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def latest(folder: Path) -> dict[str, Any] | None:
     """The last checkpoint, None if there is none.
 

@@ -23,7 +23,8 @@ class Detector(nn.Module):
     """Backbone and head.
 
     Args:
-        backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps).
+        backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps). One that has
+            nothing to train is always as in evaluation.
         head: From features (batch, channels, positions) to predictions.
         positions: How many the head is given; features of fewer or more steps are interpolated.
         mean: Of the pixels of each colour, from 0 to 1.
@@ -50,6 +51,8 @@ class Detector(nn.Module):
         self._frozen = [m for m in backbone.modules() if freeze_batch_norm and isinstance(m, _BatchNorm)]
         for module in self._frozen:
             module.requires_grad_(False)  # torch's own signature
+        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+            self._frozen = [backbone]
         self.train(self.training)
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, 255 * torch.tensor(values).reshape(3, 1, 1, 1), persistent=False)
@@ -60,7 +63,7 @@ class Detector(nn.Module):
         return predictions
 
     def train(self, mode: bool = True) -> Detector:  # torch's own signature
-        """As any module; frozen BatchNorms stay as in evaluation."""
+        """As any module; what is frozen stays as in evaluation."""
         super().train(mode)
         for module in self._frozen:
             module.eval()

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import Tensor
+
     from examples.re2tal.detector import Detector
 
 Parallel = Literal["ddp", "fsdp2"]
@@ -51,6 +53,17 @@ class World:
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
+
+    @torch.no_grad()
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """All processes take over the first one's values, as of statistics that each has counted in its own batches."""
+        if self.size == 1 or not tensors:
+            return
+        # at once, and in a type that holds counts and statistics exactly
+        flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        distributed.broadcast(flat, 0)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def wait(self) -> None:
         """Go on when all have come here."""
@@ -93,7 +106,8 @@ def spread(detector: Detector, world: World, parallel: Parallel) -> nn.Module:
     if world.size == 1:
         return detector
     if parallel == "ddp":
-        return DistributedDataParallel(detector, broadcast_buffers=True, gradient_as_bucket_view=True)
+        # buffers are agreed on after each step, where the averaged weights follow them, also when sharded
+        return DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
     # streams between rewired blocks are not to be cast to the parameters' dtype
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in _blocks(detector.backbone):

@@ -59,11 +59,8 @@ def detect(
     mine = set(world.share([video.id for video in clips.videos]))
     items = [i for i in range(len(clips)) if clips.video_of(i) in mine]
     windows, skipped = _windows(model, clips, items, config, world, progress)
-    scores = _video_classes(config.evaluation, classes)
-    found = {
-        key: _of_video(gather(parts), config, None if scores is None else _scores(scores, key))
-        for key, parts in windows.items()
-    }
+    scores = video_scores(config.evaluation, classes, clips)
+    found = {key: _of_video(gather(parts), config, scores.get(key)) for key, parts in windows.items()}
     together: dict[str, Detections] = {}
     faults: dict[str, str] = {}
     for others, reasons in world.gathered((found, skipped)):
@@ -119,12 +116,23 @@ def _of_video(before: Detections, config: Config, scores: NDArray[np.float64] | 
     return found
 
 
-def _video_classes(settings: Evaluating, classes: Sequence[str]) -> dict[str, NDArray[np.float64]] | None:
-    return None if settings.video_classes is None else read_video_classes(settings.video_classes, classes)
+def video_scores(
+    settings: Evaluating, classes: Sequence[str], clips: Clips
+) -> dict[str, NDArray[np.float64]]:
+    """What another network says of whole videos, by id; empty where the settings name none.
 
-
-def _scores(scores: Mapping[str, NDArray[np.float64]], key: str) -> NDArray[np.float64]:
-    for name in (key, key.removeprefix("v_")):
-        if name in scores:
-            return scores[name]
-    raise Re2TALError(f"evaluation.video_classes has no scores of the video {key}")
+    Raises:
+        Re2TALError: it says nothing of one of them.
+    """
+    if settings.video_classes is None:
+        return {}
+    scores = read_video_classes(settings.video_classes, classes)
+    found = {
+        video.id: scores.get(video.id, scores.get(video.id.removeprefix("v_"))) for video in clips.videos
+    }
+    if missing := [key for key, row in found.items() if row is None]:
+        raise Re2TALError(
+            f"{settings.video_classes} has no scores of {len(missing)} videos, such as {missing[0]}; leave them out by "
+            "data.blocked, or give another evaluation.video_classes"
+        )
+    return {key: row for key, row in found.items() if row is not None}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.re2tal.checkpoints import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +45,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         lines = [line for line in history(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -54,15 +57,17 @@ class Log:
         """Tell of an optimizer step."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no infinity, which the gradients of a step that fp16 skips have
+        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **told}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        told = "  ".join(
+        shown = "  ".join(
             f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items() if name in _SHOWN
         )
-        self._bar.update(self._task, completed=step, told=told)
+        self._bar.update(self._task, completed=step, told=shown)
 
     def say(self, text: str) -> None:
         """Print a line."""

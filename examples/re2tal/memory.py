@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import nn
 
 import revwire
 from examples.re2tal.errors import Re2TALError
@@ -23,7 +22,7 @@ from revwire.memory.strategies import treated
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"strategy": "plain"},
@@ -34,32 +33,13 @@ WAYS: dict[str, dict[str, Any]] = {
 """What `python -m examples.re2tal.memory` compares."""
 
 
-class Frozen(nn.Module):
-    """A backbone that is not trained: no gradients, and always as in evaluation."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone.requires_grad_(False)  # torch's own signature
-        self.eval()
-
-    def train(self, mode: bool = True) -> Frozen:  # noqa: ARG002
-        """Stay as in evaluation."""
-        return super().train(False)
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """As the backbone, without gradients."""
-        with torch.no_grad():
-            features: Tensor = self.backbone(clip)
-        return features
-
-
 def lay_out(backbone: nn.Module, example: Tensor, *, strategy: str = "rewired", **dials: Any) -> nn.Module:
     """Have a backbone do its training step in some way.
 
     Args:
         backbone: The backbone as it was built, with its pretrained weights; changed in place.
         example: A clip (batch, 3, frames, height, width) as training will have it; may lie on the meta device.
-        strategy: *plain*; *checkpoint*, of every block; *rewired*; *frozen*.
+        strategy: *plain*; *checkpoint*, of every block; *rewired*; *frozen*: nothing of it is trained.
         dials: Keyword arguments of `revwire.rewire`, for *rewired*.
 
     Raises:
@@ -70,7 +50,7 @@ def lay_out(backbone: nn.Module, example: Tensor, *, strategy: str = "rewired", 
     if strategy == "rewired":
         return revwire.rewire(backbone, (example,), **dials)
     if strategy == "frozen":
-        return Frozen(backbone)
+        return backbone.requires_grad_(False)  # torch's own signature
     if strategy in {"plain", "checkpoint"}:
         return treated(backbone, (example,), strategy)
     raise Re2TALError(f"memory.strategy is {strategy!r}; choose one of plain, checkpoint, rewired, frozen")

@@ -99,8 +99,13 @@ class Average:
             self.tensors[name].copy_(own)
 
 
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to a checkpoint: statistics of norms, the head's normalizer."""
+    saved = model.state_dict(keep_vars=True).keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and the buffers that are saved, by name."""
     yield from model.named_parameters()
-    saved = model.state_dict(keep_vars=True).keys()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    yield from saved_buffers(model)

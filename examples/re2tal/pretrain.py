@@ -25,7 +25,6 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.classification import SegmentClassifier
 from examples.re2tal.inference import AMP
 from examples.re2tal.logs import Log
-from examples.re2tal.setup import clips_of
 from examples.re2tal.trainer import Trainer
 from revwire.errors import RevwireError
 
@@ -61,18 +60,26 @@ def settings_of(config: Config) -> Config:
             "warmup": min(config.optim.warmup, config.pretrain_epochs / 4),
         }
     )
-    data = config.data.model_copy(update={"class_agnostic": False})
-    return config.model_copy(update={"output": config.output / "pretrain", "optim": optim, "data": data})
+    changed = {
+        "output": config.output / "pretrain",
+        "optim": optim,
+        "data": config.data.model_copy(update={"class_agnostic": False}),
+        "evaluation": config.evaluation.model_copy(update={"video_classes": None, "every": 0}),
+    }
+    return config.model_copy(update=changed)
 
 
 @torch.inference_mode()
 def accuracy_of(trainer: Trainer) -> float:
     """How many of the evaluated subset's actions the classifier names rightly."""
     config, world = trainer.config, trainer.world
-    clips = clips_of(config, trainer.annotations, training=False)
+    clips = trainer.held_out
     items = world.share(range(len(clips)))
     loader = DataLoader(
-        torch.utils.data.Subset(clips, items), config.evaluation.batch, collate_fn=collate, num_workers=0
+        torch.utils.data.Subset(clips, items),
+        config.evaluation.batch,
+        collate_fn=collate,
+        num_workers=config.loader.workers,
     )
     dtype, head = AMP[config.optim.amp], trainer.detector.head
     right, total = 0, 0

@@ -7,6 +7,7 @@ computed, and its log is that of a run that was never stopped.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from examples.re2tal.config import thresholds
 from examples.re2tal.dataset import collate
 from examples.re2tal.distributed import spread
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.inference import AMP, detect
+from examples.re2tal.inference import AMP, detect, video_scores
 from examples.re2tal.logs import Log, peak_gib
 from examples.re2tal.metrics import evaluate
-from examples.re2tal.optim import Average, optimizer_of, schedule
+from examples.re2tal.optim import Average, optimizer_of, saved_buffers, schedule
 from examples.re2tal.setup import annotations_of, clips_of, detector_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Trainer:
         head: Makes another head than the settings name, see `detector_of`.
 
     Raises:
-        Re2TALError: its output folder holds a run of other settings, or there are too few clips for a step.
+        Re2TALError: its output folder holds a run of other settings, there are too few clips for a step, or something
+            that the evaluation in the end needs is missing.
     """
 
     def __init__(self, config: Config, world: World, head: Callable[[int, int], Any] | None = None) -> None:
@@ -73,6 +75,9 @@ class Trainer:
         _same_run(config, world)
         self.annotations = annotations_of(config)
         self.clips = clips_of(config, self.annotations, training=True)
+        # what evaluation lacks is told now, not after hours of training
+        self.held_out = clips_of(config, self.annotations, training=False)
+        video_scores(config.evaluation, self.annotations.classes, self.held_out)
         state = checkpoints.latest(self.folder)
         self.detector = detector_of(config, len(self.annotations.classes), weights=state is None, head=head)
         if state is None and config.start_from is not None:
@@ -110,6 +115,7 @@ class Trainer:
             started = time.perf_counter()
             values = self._step(batches)
             self.step += 1
+            self.world.agree([buffer for _, buffer in saved_buffers(self.detector)])
             if self.average is not None:
                 self.average.update(self.step)
             seconds = time.perf_counter() - started
@@ -125,7 +131,7 @@ class Trainer:
 
     def outcome(self, log: Log | None = None) -> Outcome:
         """Detect in the evaluated subset, with the averaged weights."""
-        clips = clips_of(self.config, self.annotations, training=False)
+        clips = self.held_out
         averaged = self.average.applied() if self.average is not None else nullcontext()
         if log is not None:
             log.say(f"evaluating {len(clips.videos)} videos in {len(clips)} clips")
@@ -156,11 +162,18 @@ class Trainer:
             batch = next(batches)
             values["waiting"] += time.perf_counter() - started
             self.skipped |= dict(batch.skipped)
+            if not len(batch):
+                raise Re2TALError(f"no training video can be read: {_told(dict(batch.skipped))}")
             losses = self._backward(batch.to(self.world.device), last=part == settings.accumulate - 1)
             for name in ("classification", "regression"):
                 values[name] += float(losses[name]) / settings.accumulate
             values["frames"] += batch.frames.shape[0] * batch.frames.shape[1] * self.world.size
         values["loss"] = values["classification"] + values["regression"]
+        if not math.isfinite(values["loss"]):
+            raise Re2TALError(
+                f"the loss of step {self.step + 1} is {values['loss']}; lower optim.lr and optim.backbone_lr, or "
+                "choose another optim.amp; the last checkpoint is from before"
+            )
         values["lr"] = self.schedule.get_last_lr()[-1]
         self.scaler.unscale_(self.optimizer)
         if settings.clip is not None:
@@ -248,7 +261,7 @@ def _same_run(config: Config, world: World) -> None:
     path = config.output / "config.yaml"
     settings = config.model_dump(mode="json")
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         differing = sorted(k for k in settings if k not in _FREE and settings[k] != before.get(k))
         if differing:
             raise Re2TALError(
@@ -258,7 +271,7 @@ def _same_run(config: Config, world: World) -> None:
     world.wait()
     if world.is_first:
         config.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        checkpoints.write_whole(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 def _told(skipped: Mapping[str, str]) -> str:

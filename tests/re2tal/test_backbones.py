@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import revwire
 from examples.re2tal.backbones import NAMES, Backbone, build_backbone, pieces, rejoined
+from examples.re2tal.detector import Detector
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.memory import lay_out
 
@@ -88,11 +89,22 @@ def test_checkpointed_gradients_are_plain_ones():
 
 def test_a_frozen_backbone_learns_nothing_and_moves_no_statistics():
     backbone, clip, _ = small("convnet")
-    frozen = lay_out(backbone, clip, strategy="frozen").train()
+    frozen = lay_out(backbone, clip, strategy="frozen")
+    detector = Detector(
+        frozen, torch.nn.Identity(), positions=8, mean=backbone.mean, std=backbone.std
+    ).train()
     before = copy.deepcopy(frozen.state_dict())
-    assert not frozen(clip).requires_grad
+    assert not detector.features((clip * 50 + 100).transpose(1, 2).to(torch.uint8)).requires_grad
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["plain", "checkpoint", "rewired", "frozen"])
+def test_weights_have_the_same_names_in_every_way(strategy):
+    """So a run of one way starts from a run of another."""
+    backbone, clip, _ = small("convnet")
+    names = list(backbone.state_dict())
+    assert list(lay_out(backbone, clip, strategy=strategy).state_dict()) == names
 
 
 def test_rewired_statistics_move_once_a_step():
