@@ -39,6 +39,10 @@ class Cut:
     slices: int
     sides: tuple[bool, ...]
 
+    def count(self, shape: Sequence[int]) -> int:
+        """How many slices a trunk of this shape makes: fewer than `slices` where it is shorter."""
+        return -(-shape[self.dim] // -(-shape[self.dim] // self.slices))
+
     def of(self, x: Tensor) -> Sequence[Tensor]:
         """The slices of a trunk."""
         return x.chunk(self.slices, self.dim)

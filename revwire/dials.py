@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from revwire.branch import Cut
 from revwire.errors import RewireError
 from revwire.plans import Skipped
-from revwire.slicing import cut_of, kind_of, refusal_of
+from revwire.slicing import cut_of, inside_refusal, kind_of, refusal_of
 from revwire.transitions import find_transitions
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Dials:
     """What `rewire` is told beside the coupling.
 
     Attributes:
-        chunks: Into how many slices of the batch each branch runs; or globs of steps and how many theirs do.
+        chunks: Into how many slices of the batch each branch runs; or globs of steps and how many theirs do. Where the
+            batch has fewer samples, the softmax attention that a branch writes out runs in parts instead.
         keep: Globs of steps that keep the graph of their branch; or how many steps of each chain do, from its
             beginning, where that costs nothing beside the graph.
         anchor: Globs of steps that keep the input of the step before them.
@@ -87,9 +88,9 @@ def check_dials(plan: Plan, found: Probe) -> None:
         residual = found.residual(step)
         if step.slices == 1 or residual is None:
             continue
-        cut = Cut(step.slice_dim, step.slices, step.sliced_sides)
-        kind = (*kind_of(residual), cut)
-        if kind not in proven and (why_not := refusal_of(residual, cut)) is not None:
+        cut = Cut(step.slice_dim, step.slices, step.sliced_sides) if step.slice_dim >= 0 else None
+        kind = (*kind_of(residual), cut, step.inside)
+        if kind not in proven and (why_not := refusal_of(residual, cut, inside=step.inside)) is not None:
             raise RewireError(f"the plan runs {step.name} in slices, and here {why_not}; plan again")
         proven.add(kind)
     known = find_transitions(plan, found).recomputed if plan.recomputed else ()
@@ -129,11 +130,16 @@ def _sliced(plan: Plan, chunks: Mapping[str, int], found: Probe) -> Plan:
         if kind not in found.cuts:
             found.cuts[kind] = cut_of(residual)
         proven = found.cuts[kind]
-        if isinstance(proven, str):
+        dim, sides = (-1, ()) if isinstance(proven, str) else proven
+        inside = False
+        if dim < 0 or step.trunk[dim] < slices:
+            if kind not in found.whole_inside:
+                found.whole_inside[kind] = inside_refusal(residual)
+            inside = found.whole_inside[kind] is None
+        if isinstance(proven, str) and not inside:
             unsliced.append(Skipped(step.name, proven))
             return step
-        dim, sides = proven
-        return replace(step, slices=slices, slice_dim=dim, sliced_sides=sides)
+        return replace(step, slices=slices, slice_dim=dim, sliced_sides=sides, inside=inside)
 
     chains = tuple(replace(chain, steps=tuple(map(cut, chain.steps))) for chain in plan.chains)
     if not any(step.slices > 1 for chain in chains for step in chain.steps):

@@ -42,8 +42,9 @@ class Step:
         mode: What it holds for backward: `"reverse"` nothing, `"anchor"` the input of the step before it, which is
             not reconstructed then, `"keep"` the graph of its branch, which is not run again then.
         slices: Into how many slices the trunk is cut to run the branch, along dimension `slice_dim`.
-        slice_dim: That dimension.
+        slice_dim: That dimension; -1: the trunk is not cut.
         sliced_sides: Which side inputs are cut along their first dimension too.
+        inside: Whether the branch's softmax attention runs in parts, as many as the trunk is short of slices.
     """
 
     module: str
@@ -59,6 +60,7 @@ class Step:
     slices: int = 1
     slice_dim: int = 0
     sliced_sides: tuple[bool, ...] = ()
+    inside: bool = False
 
     @property
     def name(self) -> str:
@@ -245,7 +247,9 @@ def _describe(step: Step) -> str:
     if step.sides:
         text += f" | reads {' '.join(step.sides)}"
     if step.slices > 1:
-        text += f" | in {step.slices} slices" + (f" of dimension {step.slice_dim}" if step.slice_dim else "")
+        text += f" | in {step.slices} slices"
+        text += f" of dimension {step.slice_dim}" if step.slice_dim > 0 else ""
+        text += (" of its attention" if step.slice_dim < 0 else " or of its attention") if step.inside else ""
     if step.mode != "reverse":
         text += {"anchor": " | input of the step before kept", "keep": " | graph kept"}[step.mode]
     return text

@@ -63,6 +63,11 @@ class Probe:
         return {}
 
     @cached_property
+    def whole_inside(self) -> dict[tuple[Any, ...], str | None]:
+        """Why the attention of each kind of branch cannot run in parts, None where it can, as far as it was asked."""
+        return {}
+
+    @cached_property
     def _additions(self) -> dict[tuple[str, int], Residual]:
         return {_key(r): r for r in self.residuals if not r.refused}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from revwire._torch import TreeSpec, not_compiled, only_shapes
+from revwire.attention import AttentionInParts
 from revwire.branch import Branch, Cut
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.compiling import compiled_code
@@ -68,6 +69,7 @@ class Planned:
         post: What moves into the branch after the sum.
         mode: What the step holds for backward.
         cut: How its branch is run slice by slice, None: all at once.
+        parts: In how many slices it is wanted; its softmax attention makes up for those that cannot be had.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Planned:
     post: str | None = None
     mode: Mode = "reverse"
     cut: Cut | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,9 @@ class Program:
                     raise TraceFailure(f"has no residual here: {residual.refused}")
                 if (chosen := residual.with_post(planned.post)) is None:
                     raise TraceFailure(f"has no {planned.post} after the sum, as was planned")
-                compiled = compiled_code(chosen) if self.options.compile else None
+                # what looks at each operation cannot look into compiled ones
+                compiles = self.options.compile and planned.parts == 1
+                compiled = compiled_code(chosen) if compiles else None
                 steps[chosen] = self._runner(planned, step_code(chosen), compiled)
         if len(steps) != len(self.planned):
             raise TraceFailure(f"has {len(steps)} residuals where {len(self.planned)} are planned")
@@ -248,7 +253,8 @@ def run_step(
     modules = [module.get_submodule(path) for path in code.modules]
     owners = [owner_of(module, path) for path in code.own]
     cut = _cut_now(planned, options, modules, trunk, sides)
-    step = Branch(planned.name, branch, modules, owners, cut, planned.mode)
+    function = _in_parts(planned, options, branch, 1 if cut is None else cut.count(trunk.shape))
+    step = Branch(planned.name, function, modules, owners, cut, planned.mode)
     if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     following = trunk.advance(step, sides, replay=options.replay and not torch.compiler.is_exporting())
@@ -272,6 +278,21 @@ def _cut_now(
     if any(c and len(s) != trunk.shape[cut.dim] for c, s in zip(cut.sides, sides, strict=True)):
         return None
     return None if mixes_now(modules) else cut
+
+
+def _in_parts(
+    planned: Planned, options: Options, branch: Callable[..., Tensor], slices: int
+) -> Callable[..., Tensor]:
+    """The branch with its attention in parts, where it runs in fewer slices than wanted."""
+    parts = -(-planned.parts // slices)
+    if parts < 2 or not options.sliced or torch.compiler.is_exporting():
+        return branch
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        with AttentionInParts(parts, planned.name):
+            return branch(x, *rest)
+
+    return run
 
 
 def _is_tensor(value: object) -> bool:

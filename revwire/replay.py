@@ -145,7 +145,7 @@ def observe(
         device: The device whose random state the branch may draw from, beside the CPU's.
     """
     kernels = tuple(allowed() for allowed, _ in _KERNELS)
-    conditions = Conditions(parameters=[], autocast=_autocast(device), kernels=kernels)
+    conditions = Conditions(parameters=[], autocast=autocast_now(device), kernels=kernels)
     before: list[tuple[Held, Tensor]] = []
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in (m for top in modules for m in top.modules()):
@@ -287,7 +287,8 @@ def _generators(device: torch.device) -> Iterator[tuple[Callable[[], Any], Calla
         yield (lambda: module.get_rng_state(device)), (lambda state: module.set_rng_state(state, device))
 
 
-def _autocast(device: torch.device) -> list[dict[str, Any]]:
+def autocast_now(device: torch.device) -> list[dict[str, Any]]:
+    """The arguments of the `torch.autocast` that would put autocast as it is now, for each kind of device concerned."""
     kinds = dict.fromkeys(("cpu", device.type)) if device.type != "meta" else ("cpu",)
     return [
         {

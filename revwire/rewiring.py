@@ -89,8 +89,8 @@ def rewire(
         exclude: Globs of module paths to leave alone.
         chunks: Run each branch on so many slices of the batch, in forward and backward, so that it needs so much less
             memory; or a dict of globs of steps (`"blocks.*#1"`) or modules to numbers. Of a single long video, tokens
-            are cut where the branch treats them alike. Where samples mix (BatchNorm) the branch runs whole, and the
-            plan says why.
+            are cut where the branch treats them alike, and softmax attention inside a branch. Where samples mix
+            (BatchNorm) the branch runs whole, and the plan says why.
         keep: Globs of steps whose branches keep their graph, and do not run again; or how many steps from the
             beginning of each chain do.
         anchor: Globs of steps that keep the input of the step before them, as checkpointing does, so that their

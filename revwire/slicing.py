@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from revwire.attention import AttentionInParts
 from revwire.codegen import step_code
+from revwire.errors import ReplayError
 from revwire.specimen import make_branches_count
 from revwire.structure import plain_attributes
 
@@ -25,10 +29,14 @@ if TYPE_CHECKING:
     from revwire.residual import Residual
 
 _DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
+_SHARES = "its branch hands out inner values that other code reads"
+_NO_ATTENTION = "it writes out no softmax attention that could run in parts"
 _REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)
 """What a branch raises that insists on the size it was written for."""
+_DROP_PATHS = {"DropPath", "StochasticDepth"}
 _LARGE = 2**21
 _POSITIONS = 16
+_PARTS = 3
 _SAMPLES = 3
 """As many are tried at most: one alone, and the rest."""
 _TOLERANCE = 3e-5
@@ -51,8 +59,12 @@ def cut_of(residual: Residual) -> tuple[int, tuple[bool, ...]] | str:
     return _DIFFERS
 
 
-def refusal_of(residual: Residual, cut: Cut) -> str | None:
+def refusal_of(residual: Residual, cut: Cut | None, *, inside: bool) -> str | None:
     """Why a residual's branch cannot be cut in one given way, None if it can: for plans that were made elsewhere."""
+    if inside and (why_not := inside_refusal(residual)) is not None:
+        return why_not
+    if cut is None:
+        return None if inside else _DIFFERS
     if (why_not := _refused(residual)) is not None:
         return why_not
     trial = _Trial(residual)
@@ -61,9 +73,19 @@ def refusal_of(residual: Residual, cut: Cut) -> str | None:
     return None if trial.agrees(cut.dim, cut.sides) else _DIFFERS
 
 
+def inside_refusal(residual: Residual) -> str | None:
+    """Why the attention in a residual's branch cannot run in parts, None if it can.
+
+    Runs the branch on noise, forward and backward, with and without: what comes out, and all gradients, must agree.
+    """
+    if residual.shared:
+        return _SHARES
+    return _Trial(residual).refuses_inside()
+
+
 def _refused(residual: Residual) -> str | None:
     if residual.shared:
-        return "its branch hands out inner values that other code reads"
+        return _SHARES
     for path in residual.modules:
         child = residual.frame.module.get_submodule(path)
         for name, module in child.named_modules(prefix=path):
@@ -88,7 +110,11 @@ def mixes_now(modules: Sequence[nn.Module]) -> bool:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), plain_attributes(module)
+    held = plain_attributes(module)
+    if isinstance(module, _DropoutNd) or type(module).__name__ in _DROP_PATHS:
+        # branches are tried in eval mode; and blocks that are alike have other rates
+        held = tuple((name, value) for name, value in held if name not in {"p", "drop_prob"})
+    return type(module), held
 
 
 def _dimensions(shape: Sequence[int]) -> list[int]:
@@ -146,9 +172,7 @@ class _Trial:
 
     def _agrees_at(self, shape: tuple[int, ...], dim: int, cut: tuple[bool, ...]) -> bool | None:
         """The same for one shape of the trunk; None where the branch does not run on that."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator).to(self._device)
-        sides = [_noise(side, generator, self._device) for side in self._sides]
+        x, sides = self._inputs(shape)
         sides = [s[: len(x)] if c else s for s, c in zip(sides, cut, strict=True)]
         try:
             with torch.no_grad():
@@ -175,6 +199,54 @@ class _Trial:
         if found.shape != wanted.shape:
             return False
         return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+
+    def refuses_inside(self) -> str | None:
+        """Why attention cannot run in parts, None if that comes out as in the whole."""
+        # one sample with one head would have no parts
+        for shape in (*self._small(2), (2, *self.shape[1:]), self.shape):
+            if (found := self._in_parts_at(shape)) is not None:
+                return found or None
+        return _DIFFERS
+
+    def _in_parts_at(self, shape: tuple[int, ...]) -> str | None:
+        """The reason, for one shape of the trunk: "" if there is none, None where the branch does not run on that."""
+        x, sides = self._inputs(shape)
+        mode = AttentionInParts(_PARTS, "its attention", always=True)
+        try:
+            wanted = self._gradients(x, sides, nullcontext())
+        except _REFUSALS:
+            return None
+        try:
+            found = self._gradients(x, sides, mode)
+        except (ReplayError, *_REFUSALS) as error:
+            return f"its attention cannot run in parts: {error}"
+        if not mode.run or mode.reused:
+            return "its attention weights are used twice" if mode.run else _NO_ATTENTION
+        out, *others = ((a - b).abs().max() for a, b in zip(wanted, found, strict=True))
+        largest = max(g.abs().max() for g in wanted[1:])
+        agree = out <= _TOLERANCE * wanted[0].abs().max() and all(d <= _TOLERANCE * largest for d in others)
+        return "" if agree else "its attention comes out differently in parts"
+
+    def _gradients(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any]) -> list[Tensor]:
+        """The output of a run within a context, and the gradients of trunk, side inputs and parameters."""
+        inputs = [
+            t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
+            for t in (x, *sides)
+        ]
+        with torch.enable_grad():
+            with within:
+                out = self._run(inputs[0], inputs[1:])
+            leaves = [
+                t for t in (*inputs, *self._module.parameters()) if isinstance(t, Tensor) and t.requires_grad
+            ]
+            cotangent = torch.sin(torch.arange(out.numel(), device=out.device)).view(out.shape)
+            found = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        return [out.detach(), *(g for g in found if g is not None)]
+
+    def _inputs(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator).to(self._device)
+        return x, [_noise(side, generator, self._device) for side in self._sides]
 
     def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
         out, *_ = self._code.branch(self._module, x, *sides)

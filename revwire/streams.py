@@ -17,6 +17,7 @@ from revwire._torch import register_pytree_node
 from revwire.coupling import promoted
 from revwire.errors import RewireError
 from revwire.fixed import Grid, Watch, dropped_bits
+from revwire.lookalike import Lookalike
 from revwire.rearrange import inverse, is_rearrangement
 from revwire.structure import tree_leaves, tree_map
 from revwire.tape import Link, Tape
@@ -60,11 +61,10 @@ class Place:
 
 
 @dataclass(eq=False, repr=False)
-class Streams:
+class Streams(Lookalike):
     """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
 
-    Behaves as the merged tensor (`tensor()`) wherever a tensor is expected by torch functions, methods, operators and
-    attributes. It is no `torch.Tensor`: `isinstance` says so, and code that insists on one calls `tensor()`.
+    Behaves as the merged tensor (`tensor()`) wherever code expects a tensor.
 
     Attributes:
         previous: `x[i-1]`, at least float32.
@@ -225,11 +225,6 @@ class Streams:
         self._detached |= function is Tensor.detach_
         return result
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = _streams((args, kwargs or {}))[0]
-        return first._call(function, args, kwargs or {})
-
     @property
     def shape(self) -> torch.Size:
         """Shape of either stream."""
@@ -255,38 +250,13 @@ class Streams:
         return self.current.size() if dim is None else self.current.size(dim)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name in _ALIKE:
-            return getattr(self.current, name)
-        attribute = getattr(Tensor, name, None)
-        if attribute is not None and callable(attribute):
-            return lambda *args, **kwargs: self._call(attribute, (self, *args), kwargs)
-        return getattr(self.tensor(), name)
+        return getattr(self.current, name) if name in _ALIKE else super().__getattr__(name)
 
     def __repr__(self) -> str:
         return f"Streams({tuple(self.shape)}, {self.dtype}, {self.coupling.name}; .tensor() is the merged tensor)"
 
     def __len__(self) -> int:
         return len(self.current)
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    function = getattr(Tensor, name)
-
-    def method(self: Streams, *args: Any) -> Any:
-        return self._call(function, (self, *args), {})
-
-    return method
-
-
-_OPERATORS = """
-    add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv rfloordiv mod pow rpow matmul rmatmul
-    neg pos abs invert and or xor eq ne lt le gt ge getitem setitem iter bool float int index contains
-"""
-for _name in _OPERATORS.split():
-    setattr(Streams, f"__{_name}__", _operator(f"__{_name}__"))
-Streams.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _streams(tree: Any) -> list[Streams]:

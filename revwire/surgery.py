@@ -292,9 +292,11 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         known = frame_steps.get(step.residual)
         # a step that a shared module runs in the middle of a chain too always hands on both streams
         ends = id(step) in last and (known is None or known.last)
-        cut = Cut(step.slice_dim, step.slices, step.sliced_sides) if step.slices > 1 else None
+        cuts = step.slices > 1 and step.slice_dim >= 0
+        cut = Cut(step.slice_dim, step.slices, step.sliced_sides) if cuts else None
+        parts = step.slices if step.inside else 1
         mode = step.mode if known is None else known.mode
-        frame_steps[step.residual] = Planned(step.name, ends, step.post, mode, cut)
+        frame_steps[step.residual] = Planned(step.name, ends, step.post, mode, cut, parts)
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program | Recomputed] = {p: Recomputed(p, options) for p in chosen.recomputed}
     for path, steps in wanted.items():
