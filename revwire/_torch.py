@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import SUPPORTED_NODES as NODES
 from torch.utils._pytree import (
@@ -28,6 +28,7 @@ __all__ = [
     "NODES",
     "CheckpointFrame",
     "DataDependentOutputException",
+    "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "TreeSpec",
@@ -93,7 +94,7 @@ _HELD_HERE = 2
 
 def solely_held(tensor: Tensor) -> bool:
     """Whether no other tensor, view, graph or array shares this tensor's memory; says no where that cannot be told."""
-    if type(tensor) not in {Tensor, fake_tensor.FakeTensor} or 0 in tensor.stride():
+    if type(tensor) not in {Tensor, FakeTensor} or 0 in tensor.stride():
         return False
     if tensor._use_count() > 1:  # type: ignore[attr-defined]
         return False

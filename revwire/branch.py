@@ -47,6 +47,11 @@ class Cut:
         """The slices of a trunk."""
         return x.chunk(self.slices, self.dim)
 
+    def part(self, x: Tensor, part: int) -> Tensor:
+        """One of them; all would be many views for the one."""
+        size = -(-x.shape[self.dim] // self.slices)
+        return x.narrow(self.dim, part * size, min(size, x.shape[self.dim] - part * size))
+
     def of_sides(self, sides: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """The side inputs of each slice."""
         both = zip(sides, self.sides, strict=True)

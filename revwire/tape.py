@@ -211,7 +211,7 @@ class Link:
 
     def _slice(self, whole: Tensor, part: int) -> Tensor:
         cut = self.branch.cut
-        return whole if cut is None else cut.of(whole)[part]
+        return whole if cut is None else cut.part(whole, part)
 
     def _open(self, now: Pass, *, last: bool) -> Opened:
         pair = self._take(now, last=last)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import TorchDispatchMode, is_traceable_wrapper_subclass
+from revwire._torch import FakeTensor, TorchDispatchMode, is_traceable_wrapper_subclass
 from revwire.errors import RevwireError
 from revwire.structure import tree_leaves
 
@@ -90,10 +90,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two in three operations on fake tensors ask for nothing else
         out = func(*args, **(kwargs or {}))
-        if (
-            func.namespace == "prim"
-        ):  # asks a fake tensor for its device; there are as many of these as of all others
+        if func.namespace == "prim":
             return out
         # torch.tensor(...) hands its fresh tensor to this one operator: it has an argument, yet nothing older
         fresh = func is torch.ops.aten.lift_fresh.default
