@@ -173,8 +173,9 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 def draw(path: Path, rows: list[dict[str, Any]], caption: str) -> None:
     """A point for each seed, a bar for their mean."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
     axes: Any = figure.subplots()
     for place, run in enumerate(reversed(RUNS)):
         values = [row["average_mAP"] for row in rows if row["run"] == run.name]

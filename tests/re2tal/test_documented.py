@@ -41,7 +41,7 @@ def test_the_comparison_shows_what_the_paper_claims():
         *(found[name] for name in ("plain", "rewired", "tuned", "scratch-few", "frozen")), strict=True
     ):
         assert plain >= 0.9
-        assert abs(tuned - plain) <= 0.02
+        assert tuned >= plain - 0.02
         assert rewired < plain - 0.2
         assert few < tuned - 0.1
         assert frozen < plain - 0.2
