@@ -34,7 +34,12 @@ class Log:
     def __init__(self, folder: Path, *, enabled: bool, step: int, total: int, quiet: bool = False) -> None:
         self._enabled = enabled
         self.console = Console(stderr=True, quiet=quiet or not enabled)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(8),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(
             *columns, TextColumn("{task.fields[told]}"), console=self.console, disable=not enabled
         )
@@ -64,9 +69,7 @@ class Log:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        shown = "  ".join(
-            f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items() if name in _SHOWN
-        )
+        shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
         self._bar.update(self._task, completed=step, told=shown)
 
     def say(self, text: str) -> None:
@@ -89,7 +92,13 @@ class Log:
                 self._board.close()
 
 
-_SHOWN = ("loss", "gib", "frames_per_second", "waiting")
+_SHOWN = {
+    "loss": "loss {:.3g}",
+    "frames_per_second": "{:.0f} frames/s",
+    "waiting": "{:.0%} waiting",
+    "gib": "{:.1f} GiB",
+}
+"""What the progress line tells, which has to fit 80 columns."""
 
 
 def history(path: Path) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from examples.re2tal.annotations import Action, AnnotatedVideo, Annotations, read_annotations
 from examples.re2tal.diagnosis import KINDS, profile
-from examples.re2tal.metrics import THUMOS, evaluate
+from examples.re2tal.metrics import THUMOS, Matches, evaluate
 from examples.re2tal.postprocess import Detections, write_submission
 from examples.re2tal.report import __main__ as command
-from examples.re2tal.report import write_report
+from examples.re2tal.report import _curves, write_report
 from tests.re2tal import tiny
 
 CHROMIUM = shutil.which("chromium")
@@ -51,6 +51,21 @@ def test_what_is_found_in_a_video_without_actions_is_background():
     truth, results = one([(10, 20, "a")], [])
     found = profile(truth, {**results, "other": Detections.of([(1, 2)], [0.5], [0])}, subset="s")
     assert found[0, KINDS.index("background")] == 1
+
+
+@pytest.mark.parametrize("positives", [7, 300])
+def test_the_area_under_the_drawn_steps_is_the_average_precision(positives):
+    """Also where most detections are false, and of more true ones than are drawn: then a little less."""
+    random = np.random.default_rng(positives)
+    hits = np.zeros((1, 4000), dtype=bool)
+    hits[0, random.choice(600, positives, replace=False)] = True
+    matches = Matches(np.linspace(1, 0, 4000), hits, positives + 2, ())
+    (corners,) = _curves(matches)
+    recall, precision = np.array(corners).T
+    area = (np.diff(recall, prepend=0) * precision).sum()
+    (wanted,) = matches.average_precision()
+    assert len(corners) <= 80
+    assert wanted - (0 if positives == 7 else 0.01) - 1e-3 <= area <= wanted + 1e-3
 
 
 @pytest.fixture(scope="module")

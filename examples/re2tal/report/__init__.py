@@ -105,12 +105,17 @@ def _facts(
 
 
 def _curves(matches: Matches) -> list[list[list[float]]]:
-    """Recall and precision, made monotonic from the right, at no more points than can be seen; by threshold."""
+    """For each threshold, the corners of precision over recall, made monotonic from the right: (recall, precision).
+
+    There is one for every true positive, or for as many as can be seen: recall changes nowhere else.
+    """
     curves = []
-    for precision, recall in zip(*matches.curves(), strict=True):
+    for hits, precision, recall in zip(matches.positive, *matches.curves(), strict=True):
         rising = np.maximum.accumulate(precision[::-1])[::-1]
-        chosen = np.unique(np.linspace(0, len(recall) - 1, _CORNERS).astype(int)) if len(recall) else []
-        curves.append([[round(float(recall[i]), 4), round(float(rising[i]), 4)] for i in chosen])
+        corners = np.flatnonzero(hits)
+        if len(corners) > _CORNERS:
+            corners = corners[np.linspace(0, len(corners) - 1, _CORNERS).astype(int)]
+        curves.append([[round(float(recall[i]), 4), round(float(rising[i]), 4)] for i in corners])
     return curves
 
 

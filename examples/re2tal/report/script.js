@@ -55,16 +55,16 @@ function axes(left, top, width, height, x, y) {
 
 function curve() {
   const points = data.curves[byId("class").value][byId("tiou").value];
-  const at = ([recall, precision]) => `${40 + 440 * recall},${10 + 200 * (1 - precision)}`;
+  // the precision of a corner holds from the recall of the corner before
+  const at = ([recall, precision]) => `V${10 + 200 * (1 - precision)}H${40 + 440 * recall}`;
   const parts = axes(40, 10, 440, 200, (t) => t.toFixed(2), (t) => t.toFixed(2));
   if (points.length) {
-    const line = `M40,${10 + 200 * (1 - points[0][1])}L${points.map(at).join("L")}`;
-    const last = 40 + 440 * points[points.length - 1][0];
-    parts.push(drawn("path", { class: "under", d: `${line}L${last},210L40,210Z` }));
+    const line = `M40,${10 + 200 * (1 - points[0][1])}${points.map(at).join("")}V210`;
+    parts.push(drawn("path", { class: "under", d: `${line}H40Z` }));
     parts.push(drawn("path", { class: "curve", d: line }));
   }
   const ap = data.ap[byId("class").value][byId("tiou").value];
-  parts.push(drawn("text", { x: 480, y: 26, "text-anchor": "end" }, `average precision ${ap.toFixed(3)}`));
+  parts.push(drawn("text", { x: 50, y: 200 }, `average precision ${ap.toFixed(3)}`));
   picture(byId("curve"), 500, 240, parts);
 }
 
