@@ -1,5 +1,6 @@
 """Estimates on fake tensors against the same steps run for real, and budgets that hold."""
 
+import bisect
 import copy
 import json
 import logging
@@ -148,13 +149,49 @@ def test_sizes_that_are_none(text):
         size_of(text)
 
 
-@pytest.mark.parametrize("limit", [0, 9, 10, 57, 1000, 12345])
-def test_the_search_finds_the_largest_of_any_growing_function(limit):
-    def peak(n):
-        return 10 + 3 * n + (n // 7) ** 2
+@pytest.mark.parametrize("limit", [0, 9, 10, 57, 1000, 12345, 10**6, 10**9])
+@pytest.mark.parametrize(
+    "peak",
+    [
+        lambda n: 10 + 3 * n + (n // 7) ** 2,
+        lambda n: 10 + 3 * n,
+        lambda n: max(9, 467 * n - 50_000),  # at first the optimizer's step is the peak
+        lambda n: max(900 + n, 467 * n - 50_000),
+        lambda n: 40 * int(n**0.5),
+        lambda n: 100 * (n // 64),
+    ],
+)
+@pytest.mark.parametrize("start", [1, 4, 100])
+def test_the_search_finds_the_largest_of_any_growing_function(peak, limit, start):
+    asked = []
 
-    wanted = max((n for n in range(5000) if peak(n) <= limit), default=0)
-    assert _largest(peak, 4, limit) == wanted
+    def counted(n):
+        asked.append(n)
+        return peak(n)
+
+    most = 2**20 - 1
+    wanted = bisect.bisect_right(range(most + 1), limit, lo=1, key=peak) - 1
+    assert _largest(counted, start, limit) == wanted
+    assert len(asked) <= 60
+    assert len(asked) == len(set(asked))
+
+
+def test_the_search_is_short_where_peaks_grow_evenly_after_a_flat_beginning():
+    """Of a small model the optimizer's step is the peak up to some batch; each question here is a step."""
+    asked = []
+
+    def peak(n):
+        asked.append(n)
+        return max(92_000_000 + 1_000 * n, 467_420 * n + 5_000_000)
+
+    assert _largest(peak, 8, 2**31) == (2**31 - 5_000_000) // 467_420
+    assert len(asked) <= 10
+
+
+def test_estimates_print_as_a_table():
+    printed = str(revwire.estimate(nn.Sequential(nn.Linear(4, 4)), torch.empty(2, 4), strategies=["plain"]))
+    assert printed.startswith("Sequential, input 2x4, adamw: one training step, GiB")
+    assert "│ plain" in printed
 
 
 @pytest.mark.parametrize("share", [1.2, 0.8, 0.6])

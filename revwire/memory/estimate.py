@@ -8,7 +8,7 @@ cannot see, scratch memory inside one kernel and an allocator's fragmentation, i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,14 @@ class Estimates:
     def __getitem__(self, strategy: str) -> Estimate:
         """The row of a strategy."""
         return next(row for row in self.rows if row.strategy == strategy)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape
@@ -264,22 +272,34 @@ def _row(
 
 
 def _largest(peak: Callable[[int], int], start: int, limit: int) -> int:
-    """The largest number whose peak is within the limit, by lines through what is known: peaks grow almost evenly."""
-    low, high = 0, _MOST
+    """The largest number whose peak is within the limit, by lines through what is known: peaks grow almost evenly.
+
+    Almost: they may be flat at first, where the optimizer's step is the peak, and bend where that changes. After a line
+    that did not halve what is left comes a halving, or, as long as everything fits, a doubling.
+    """
     known = {start: peak(start), 2 * start: peak(2 * start)}
+    before = 2 * _MOST
     while True:
-        low = max([n for n, size in known.items() if size <= limit], default=low)
-        high = min([n for n, size in known.items() if size > limit], default=high)
+        low = max((n for n, size in known.items() if size <= limit), default=0)
+        high = min((n for n, size in known.items() if size > limit), default=_MOST)
         if high - low <= 1:
             return low
-        (a, at_a), (b, at_b) = sorted(known.items(), key=lambda item: abs(item[1] - limit))[:2]
-        slope = (at_a - at_b) / (a - b)
-        guess = a + int((limit - at_a) // slope) if slope > 0 else 2 * high
-        # a line that is a little off would ask the neighbours one by one: near the end, halve
+        if 2 * (high - low) <= before:
+            around = [n for n in (low, high) if n in known]
+            ends = sorted(known)[-2:] if high not in known else sorted(known)[:2]
+            guess = _meeting(known, around if len(around) == 2 else ends, limit)
+        else:
+            guess = (low + high) // 2 if high in known else 2 * low
+        before = high - low
         guess = min(max(guess, low + 1), high - 1)
-        if guess in known:
-            guess = (low + high) // 2
         known[guess] = peak(guess)
+
+
+def _meeting(known: Mapping[int, int], ends: Sequence[int], limit: int) -> int:
+    """Where the line through two points meets the limit; twice as far out where it does not rise."""
+    a, b = ends
+    rise = known[b] - known[a]
+    return a + (limit - known[a]) * (b - a) // rise if rise > 0 else 2 * b
 
 
 def _device_of(model: nn.Module) -> torch.device:
