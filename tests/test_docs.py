@@ -1,24 +1,308 @@
-"""The code in the documents runs, and their figures are those of the result files."""
+"""The documents: their code runs, commands are understood, links lead somewhere, figures are measured.
 
+Every python block of every page is executed, a page's blocks from top to bottom in one namespace; a new page and a new
+block are covered as they are written. Nothing is skipped: what cannot be had in a test is replaced, in `stand_ins`.
+"""
+
+import ast
+import importlib
+import importlib.util
 import json
 import re
+import shlex
+import socket
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+import transformers
+import typer
+import yaml
+from torch.distributed.run import get_args_parser
 
 from benchmarks import finetune, record
+from examples.re2tal.config import read_config
+from revwire import cli, timm_models
+from revwire.cli_values import parse_arguments, parse_size
+from revwire.coupling import coupling_of
+from revwire.memory.estimate import size_of
+from revwire.memory.strategies import STRATEGIES
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+FENCE = re.compile(r"^ *```([^\n`]*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"`([^`\n]+)`")
 
 
-@pytest.mark.parametrize("name", ["own-models.md"])
-def test_code_blocks_run(name, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
+def fences(text):
+    """(language, code) of each fenced block."""
+    return [(language.split()[0] if language.strip() else "", code) for language, code in FENCE.findall(text)]
+
+
+def blocks(path):
+    return [code for language, code in fences(path.read_text("utf-8")) if language == "python"]
+
+
+# --- code
+
+
+# what a page has to print, where it says so
+PRINTED = {
+    "README.md": ["4 steps in 1 chain", "fits 24 GiB"],
+    "index.md": ["4 steps in 1 chain", "fits 2 GiB"],
+    "memory.md": ["autocast bfloat16", "fits 24 GiB"],
+    "own-models.md": ["12 steps in 1 chain"],
+    "integrations.md": ["torch.Size([8, 17, 48])", "Total params"],
+}
+# torch's own: what it deprecates and calls, and one process with itself on the CPU
+WARNED = {
+    "integrations.md": [
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore:The .grad attribute of a Tensor:UserWarning",
+    ],
+}
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """No connection is made: pretrained weights are random ones; and timm's ViTs have two blocks, for speed."""
+    create, built = timm.create_model, timm.models.is_model_pretrained
+
+    def untrained(name, *args, pretrained=False, **kwargs):
+        assert not pretrained or built(name), f"timm has no weights for {name}"
+        few = {"depth": 2, **kwargs} if name.startswith("vit_") else kwargs
+        return create(name, *args, **few)
+
+    def from_pretrained(name):
+        assert name == "facebook/dinov2-base", f"say here what stands in for {name}"
+        torch.manual_seed(0)
+        small = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "patch_size": 32}
+        return transformers.Dinov2Model(transformers.Dinov2Config(image_size=224, **small))
+
+    def offline(*_):
+        raise AssertionError("a document's code loads something: say in stand_ins what takes its place")
+
+    monkeypatch.setattr(timm, "create_model", untrained)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(socket.socket, "connect", offline)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.name, marks=[pytest.mark.filterwarnings(w) for w in WARNED.get(p.name, [])])
+        for p in PAGES
+        if blocks(p)
+    ],
+)
+def test_code_blocks_run(path, capsys, monkeypatch, tmp_path, stand_ins):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     namespace = {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), namespace)
-    assert "12 steps in 1 chain" in capsys.readouterr().out
+    for index, code in enumerate(blocks(path)):
+        exec(compile(code, f"{path.name}, block {index + 1}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for text in PRINTED.get(path.name, []):
+        assert text in printed
+
+
+# --- commands
+
+SHELL = ("console", "sh", "bash", "shell")
+OTHER = (
+    "python",
+    "yaml",
+    "json",
+    "toml",
+    "text",
+    "",
+)  # an untagged block shows what is printed, commands too
+WORDS = ("revwire", "python", "torchrun", "make", "pip")
+THEIRS = {"pip", "pytest", "mkdocs", "venv"}  # run with python -m, and not ours to check
+PLACEHOLDER = re.compile(r"[A-Z_]+")
+
+
+def command_page():
+    """The site's page of the command line, which holds the examples of `--help`."""
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.command_line()
+
+
+def docstrings():
+    """Those of the examples and benchmarks, by file."""
+    for folder in ("examples", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text("utf-8"))
+            nodes = [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]
+            yield path, "\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def words_of(line):
+    """The words of a command, without prompt, comment and settings of the environment."""
+    words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        del words[0]
+    return words
+
+
+def commands():
+    """(where, words, whole) of every command that is shown: whole lines of blocks, and what is named in a text."""
+    for where, text in [
+        *((path.name, path.read_text("utf-8")) for path in PAGES),
+        ("cli.md", command_page()),
+    ]:
+        for line in lines_of_shell(where, text):
+            yield where, words_of(line), True
+        for span in CODE.findall(FENCE.sub("", text)):
+            if span.split(" ")[0] in WORDS and " " in span:
+                yield where, words_of(span), False
+    for path, text in docstrings():
+        for line in re.findall(r"^(?: {4}|Example: )((?:python -m|torchrun) .*)", text, re.MULTILINE):
+            yield path.relative_to(ROOT).as_posix(), words_of(line), True
+
+
+def lines_of_shell(where, text):
+    for language, code in fences(text):
+        assert language in (*SHELL, *OTHER), f"{where}: nothing checks a block of {language}"
+        for line in code.replace("\\\n", " ").splitlines():
+            typed = line.startswith("$ ") if language == "console" else language in SHELL
+            if (typed or (language == "" and line.split(" ")[0] in WORDS)) and words_of(line):
+                yield line
+
+
+COMMANDS = list(dict.fromkeys((where, tuple(words), whole) for where, words, whole in commands()))
+
+
+@pytest.mark.parametrize(("where", "words", "whole"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_commands_are_understood(where, words, whole):
+    """Programs, modules, targets and extras exist, options are parsed, names and settings are known; nothing runs."""
+    check(list(words), whole=whole)
+
+
+def check(words, *, whole):
+    program, *rest = words
+    if program == "revwire":
+        group = typer.main.get_command(cli.app)
+        context = group.make_context("revwire", [], resilient_parsing=True)
+        if rest[0] in {"--help", "--version", "[OPTIONS]"}:  # the last is in the synopses of --help
+            return
+        name, *rest = rest
+        command = group.get_command(context, name)
+        assert command is not None, f"revwire has no command {name}"
+        parse(command, rest, whole=whole, parent=context)
+    elif program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+        assert set(rest) <= set(targets)
+    elif program == "pip":
+        check_pip(rest)
+    elif program == "torchrun":
+        told = get_args_parser().parse_args(rest)
+        assert told.module, "give the module with -m"
+        check_module([told.training_script, *told.training_script_args], whole=whole)
+    else:
+        assert (program, rest[0]) == ("python", "-m"), f"say how {words} is to be checked"
+        check_module(rest[1:], whole=whole)
+
+
+def check_pip(words):
+    assert words[0] == "install"
+    text = (ROOT / "pyproject.toml").read_text("utf-8").partition("[project.optional-dependencies]")[2]
+    extras = re.findall(r"^(\w+) = \[", text.partition("\n[")[0], re.MULTILINE)
+    for word in words:
+        if found := re.fullmatch(r"(?:\.|revwire)\[([\w,]+)\]", word):
+            assert set(found[1].split(",")) <= set(extras)
+
+
+def check_module(words, *, whole):
+    name, *rest = words
+    if name in THEIRS:
+        return
+    if name == "revwire":
+        check(words, whole=whole)
+        return
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    if "typer.run(main)" not in Path(module.__file__).read_text("utf-8"):
+        assert rest == [], f"{name} takes no arguments"
+        return
+    app = typer.Typer(add_completion=False)
+    app.command()(module.main)
+    parse(typer.main.get_command(app), rest, whole=whole)
+
+
+def parse(command, words, *, whole, **of_context):
+    """Parse as the command itself would, and look at what a command looks at first."""
+    options = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    named = {word.partition("=")[0] for word in words if re.match(r"-[-a-z]", word)}
+    assert named <= options, f"{command.name} has no {named - options}"
+    if words[:1] in (["--help"], ["[OPTIONS]"]) or (not whole and not any(word[0] != "-" for word in words)):
+        return  # in a text a command may be named without its arguments
+    told = command.make_context(command.name, words, **of_context).params
+    if (model := told.get("model")) and isinstance(model, str) and not PLACEHOLDER.fullmatch(model):
+        assert Path(model).suffix in cli._FILE_SUFFIXES or timm_models.exists(model), model
+    if told.get("arch"):
+        assert timm_models.exists(told["arch"])
+    if told.get("coupling"):
+        coupling_of(told["coupling"])
+    if told.get("limit"):
+        size_of(told["limit"])
+    assert set(told.get("strategy") or ()) <= set(STRATEGIES)
+    parse_arguments(told.get("model_args"))
+    parse_size(told.get("input_size"))
+    for name in [told["config"]] if "config" in told else told.get("configs", []):
+        if Path(name).suffix != ".yaml":  # a file of the reader's own
+            read_config(name, told.get("overrides") or [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "revwire plan resnet50 --htm x.html",
+        "revwire plan resnet_50",
+        "revwire plans resnet50",
+        "revwire plan --htm",
+        "revwire plan resnet50 --coupling revtal",
+        "revwire estimate resnet50 -b none",
+        "revwire estimate resnet50 -s rewire",
+        "python -m benchmarks.none",
+        "python -m benchmarks.depth --sizes 3",
+        "python -m benchmarks.make_index --fresh",
+        "python -m examples.re2tal.train synthetic optim.epoch=3",
+        "torchrun --node 2 -m examples.re2tal.train synthetic",
+        "torchrun --nnodes 2 -m examples.re2tal.train synthetic parallel=fsdp",
+        "make all",
+        "pip install '.[every]'",
+        "curl example.org",
+    ],
+)
+def test_a_command_that_is_not_there_is_found(line, capsys):
+    with pytest.raises((Exception, SystemExit)):
+        check(words_of(line), whole=True)
+
+
+def test_yaml_and_json_blocks_can_be_read():
+    for path in PAGES:
+        for language, code in fences(path.read_text("utf-8")):
+            if language in {"yaml", "json"}:
+                (yaml.safe_load if language == "yaml" else json.loads)(code)
+
+
+# --- links, figures
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    made = {"cli.md", "changelog.md", "contributing.md"} if path.parent == DOCS else set()
+    text = CODE.sub("", FENCE.sub("", path.read_text("utf-8")))
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not re.match(r"https?:", target) and target not in made:
+            assert (path.parent / target).exists(), target
 
 
 def test_the_accuracies_of_the_couplings_are_those_of_the_committed_runs():

@@ -1,7 +1,7 @@
 """Train a detector end to end, evaluate it, and draw a report.
 
     python -m examples.re2tal.train synthetic
-    python -m examples.re2tal.train swin_t_thumos14 memory.strategy=checkpoint output=runs/checkpointed
+    python -m examples.re2tal.train swin_t_thumos14 memory='{strategy: checkpoint}' output=runs/checkpointed
     torchrun --nproc-per-node 4 -m examples.re2tal.train videomae_l_thumos14 parallel=fsdp2
 
 A run that was stopped goes on where it was: give the same command again.
