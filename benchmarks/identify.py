@@ -30,7 +30,7 @@ from benchmarks import record
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
-from revwire.timm_models import Architecture
+from revwire.libraries import Architecture
 
 NAME = "identify"
 
@@ -108,7 +108,7 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = [result["seconds"] for result in results]
     outcomes = [result["outcome"] for result in results]
     return {
-        "index": {"timm": index().timm, "architectures": len(index().architectures)},
+        "index": {"timm": index("timm").version, "architectures": len(index("timm").architectures)},
         "identifications": len(results),
         **{outcome: outcomes.count(outcome) for outcome in ("identified", "tie", "unknown", "wrong")},
         "seconds": {"median": statistics.median(seconds), "largest": max(seconds)},

@@ -1,45 +1,52 @@
-"""Make the index by which `revwire convert` knows an architecture by its tensors.
+"""Make the indexes by which `revwire convert` knows an architecture by its tensors.
 
-    python -m benchmarks.make_index
+    python -m benchmarks.make_index [timm] [torchvision]
 
-Every model of the installed timm is built twice on the meta device. Run it when timm has new models; about ten minutes.
+Every model of the installed library is built twice on the meta device. Run it when the library has new models; timm
+takes about ten minutes, torchvision two.
 """
 
 from __future__ import annotations
 
 import gc
-import pickle
 import sys
 import time
 import warnings
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 from rich.progress import track
 
-from revwire.checkpoint.fingerprint import INDEX, Shapes, packed
+from revwire import torchvision_models
+from revwire.checkpoint.fingerprint import index_name, packed
 from revwire.errors import RevwireError
-from revwire.timm_variants import Variants
+from revwire.libraries import INDEXED, Architecture, variants
+
+if TYPE_CHECKING:
+    from revwire.outline import Shapes
 
 
 def main() -> None:
-    """Build every model and write the index into the package."""
+    """Build every model and write the indexes into the package."""
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
-    found: dict[str, tuple[Shapes, set[str]]] = {}
-    for name in track(timm.list_models(), "building"):
-        variants = Variants(name)
-        try:
-            found[name] = variants.shapes, variants.flexible
-        except RevwireError as error:
-            print(f"left out: {error}"[:200])
-        gc.collect()
-    content = packed(timm.__version__, found)
-    Path(str(files("revwire.checkpoint").joinpath(INDEX))).write_bytes(content)
-    print(f"{len(found)} architectures, {len(content)} bytes, {time.perf_counter() - start:.0f} s")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_bytes(pickle.dumps(found))
+    for library in sys.argv[1:] or INDEXED:
+        start = time.perf_counter()
+        found: dict[str, tuple[Shapes, set[str]]] = {}
+        for name in track(timm.list_models() if library == "timm" else torchvision_models.names(), library):
+            others = variants(Architecture(name, {}, library))
+            try:
+                found[name] = others.shapes, others.flexible
+            except RevwireError as error:
+                print(f"left out: {error}"[:200])
+            gc.collect()
+        content = packed(import_module(library).__version__.partition("+")[0], found)
+        Path(str(files("revwire.checkpoint").joinpath(index_name(library)))).write_bytes(content)
+        print(
+            f"{library}: {len(found)} architectures, {len(content)} bytes, {time.perf_counter() - start:.0f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.zoo_transformers import ZOO
 from revwire import timm_models
 from revwire.errors import RevwireError
-from revwire.timm_models import Architecture
+from revwire.libraries import Architecture
 
 Build = Callable[[], tuple[nn.Module, Any]]
 """Makes a model and what it is called with."""

@@ -12,7 +12,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from enum import Enum
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -25,11 +25,10 @@ from revwire.errors import RevwireError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from revwire.plans import Plan
 
-_FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar"}
 _WIDTH_OF_A_PIPE = 110  # columns of a table where no terminal says how many there are
 
 app = typer.Typer(
@@ -40,7 +39,11 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Name of a timm model (random weights), or a checkpoint file.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Name of a timm or torchvision/ model (random weights); a checkpoint, or its folder; hf-hub:NAME.",
+    ),
 ]
 _COUPLINGS = "re2tal, dr2net, momentum or bdia, with or without coefficients: 'dr2net(alpha=1,beta=0.125)'"
 CouplingOption = Annotated[
@@ -56,13 +59,17 @@ ExactOption = Annotated[
     ),
 ]
 ArchOption = Annotated[
-    str | None, typer.Option(help="timm's name of the model in a file, where the file does not tell.")
+    str | None,
+    typer.Option(help="Name of the model in a file that does not tell: timm's, or torchvision/NAME."),
 ]
 ModelArgsOption = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Arguments of timm.create_model: '{\"num_classes\": 10}'.")
+    str | None, typer.Option(metavar="JSON", help="Arguments that build the model: '{\"num_classes\": 10}'.")
 ]
 InputSizeOption = Annotated[
-    str | None, typer.Option(metavar="CxHxW", help="Size of one input image; by default the model's own.")
+    str | None,
+    typer.Option(
+        metavar="CxHxW", help="Size of one input, of a clip with its frames; by default the model's own."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -93,11 +100,12 @@ def _write_page(
     name: str,
     made: Plan,
     network: nn.Module,
-    size: tuple[int, int, int] | None,
+    size: tuple[int, ...] | None,
     batch: int,
     options: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
+    from revwire.cli_models import batch_of
     from revwire.memory.estimate import estimate as of_steps
     from revwire.memory.strategies import STRATEGIES
     from revwire.page import page
@@ -109,7 +117,7 @@ def _write_page(
         ways = {"plain": "plain", "checkpoint": "checkpoint", **rewired}
         found = of_steps(
             network,
-            _batch_of(network, name, size, batch),
+            batch_of(network, name, size, batch),
             strategies=ways,
             progress=lambda way: say(f"estimating {name}: {way}"),
         )
@@ -167,11 +175,12 @@ def plan(
     arguments, size = parse_arguments(model_args), parse_size(input_size)
     with _working(f"planning {model}") as say:
         from revwire import rewiring
+        from revwire.cli_models import inputs_of, open_model
 
-        network, own, grid = _open(model, arch, arguments)
+        network, own, grid = open_model(model, arch, arguments)
         made = rewiring.plan(
             network,
-            _inputs(network, size),
+            inputs_of(network, size),
             coupling=coupling or own,
             exact=grid if exact is None else exact,
             include=include or None,
@@ -196,12 +205,13 @@ def verify(
     """Measure on a copy of the model that rewiring it keeps its promises; exit code 1 if one is broken."""
     arguments, size = parse_arguments(model_args), parse_size(input_size)
     with _working(f"verifying {model}") as say:
+        from revwire.cli_models import inputs_of, open_model
         from revwire.verification import verify as run_checks
 
-        network, own, grid = _open(model, arch, arguments)
+        network, own, grid = open_model(model, arch, arguments)
         report = run_checks(
             network,
-            _inputs(network, size),
+            inputs_of(network, size),
             coupling=coupling or own,
             exact=grid if exact is None else exact,
             progress=lambda check: say(f"verifying {model}: {check}"),
@@ -242,14 +252,15 @@ def estimate(
     with _working(f"estimating {model}") as say:
         import torch
 
+        from revwire.cli_models import batch_of, open_model
         from revwire.memory.estimate import COMMON
         from revwire.memory.estimate import estimate as of_steps
 
-        network, _, _ = _open(model, arch, arguments)
+        network, _, _ = open_model(model, arch, arguments)
         network.train()
         found = of_steps(
             network,
-            _batch_of(network, model, size, batch),
+            batch_of(network, model, size, batch),
             strategies=strategy or COMMON,
             optimizer=None if optimizer == "none" else optimizer,
             autocast=None if amp is _Amp.none else torch.bfloat16 if amp is _Amp.bf16 else torch.float16,
@@ -263,12 +274,18 @@ def estimate(
 
 @app.command(
     epilog="Example: revwire convert model.safetensors; "
-    "revwire convert model.safetensors --arch vit_base_patch16_224; "
+    "revwire convert model.pth --arch torchvision/swin_t; revwire convert hf-hub:timm/resnet50.a1_in1k; "
     "revwire convert model.safetensors --coupling 'momentum(gamma=0.5)' --exact; "
     "revwire convert trained.revwire.safetensors --to original"
 )
 def convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The checkpoint: safetensors, .pth or .bin.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="The checkpoint: safetensors, .pth or .bin, a folder with one, or hf-hub:NAME.",
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; by default FILE.revwire.safetensors.")
     ] = None,
@@ -278,7 +295,7 @@ def convert(
     model_args: ModelArgsOption = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before writing.")] = True,
     to: Annotated[
-        _Target, typer.Option(help="original: the way back, a rewired checkpoint as timm's own.")
+        _Target, typer.Option(help="original: the way back, a rewired checkpoint as its library's own.")
     ] = _Target.rewired,
     as_json: JsonOption = False,
 ) -> None:
@@ -360,39 +377,3 @@ def _print(result: _Result, *, as_json: bool) -> None:
         typer.echo(json.dumps(finite(result.to_dict()), indent=2, allow_nan=False))
     else:
         Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE).print(result)
-
-
-def _open(
-    model: str, arch: str | None, model_args: dict[str, Any] | None
-) -> tuple[nn.Module, str, bool | int]:
-    """The model that MODEL names, not rewired; the coupling and the grid it is to be rewired with."""
-    import torch
-
-    from revwire import checkpoint, timm_models
-
-    path = Path(model)
-    if path.is_file() or path.suffix in _FILE_SUFFIXES or arch:
-        network, own = checkpoint.load_plain(path, arch=arch, model_args=model_args)
-        return (network, own.coupling, own.exact) if own else (network, "re2tal", False)
-    if not timm_models.exists(model):
-        raise RevwireError(f"there is no file {model}, and {timm_models.unknown_name(model)}")
-    torch.manual_seed(0)  # random weights, but the same ones every time: so are the figures
-    return timm_models.create(model, model_args or {}), "re2tal", False
-
-
-def _inputs(network: nn.Module, size: tuple[int, int, int] | None) -> Tensor | None:
-    from revwire import timm_models
-
-    return timm_models.noise_images(network, size) if size else None
-
-
-def _batch_of(network: nn.Module, name: str, size: tuple[int, int, int] | None, batch: int) -> Tensor:
-    """So many inputs of the model, of shapes alone."""
-    import torch
-
-    from revwire import timm_models
-
-    example = _inputs(network, size) if size else timm_models.example_inputs(network)
-    if example is None:
-        raise RevwireError(f"the size of {name}'s input is not known; pass --input-size 3x224x224")
-    return torch.empty((batch, *example.shape[1:]), dtype=example.dtype, device="meta")

@@ -22,15 +22,14 @@ def parse_arguments(text: str | None) -> dict[str, Any] | None:
     return arguments
 
 
-def parse_size(text: str | None) -> tuple[int, int, int] | None:
-    """Channels, height and width of --input-size."""
+def parse_size(text: str | None) -> tuple[int, ...] | None:
+    """The three numbers of --input-size, or four of a clip."""
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    if len(parts) not in (3, 4) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise typer.BadParameter(f"{text!r} is not of the form 3x224x224", param_hint="--input-size")
-    channels, height, width = map(int, parts)
-    return channels, height, width
+    return tuple(map(int, parts))
 
 
 def finite(data: Any) -> Any:

@@ -38,7 +38,7 @@ def plan(
     Args:
         model: Any module; it runs once on fake tensors, which takes no memory and draws no random numbers.
         example_inputs: What its forward takes: a tensor, a tuple of arguments or a dict of keyword arguments. May be
-            left out for timm models, which know their own.
+            left out for models of timm, torchvision and transformers, whose own is known.
         coupling: The recurrence, as an object or by name, with or without coefficients: `"re2tal"`, `"dr2net"`,
             `"momentum"`, `"bdia"`, `"dr2net(alpha=1,beta=0.125)"`.
         exact: Whether streams are in fixed point, as for `revwire.rewire`.

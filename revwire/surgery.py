@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from revwire import timm_models
+from revwire import libraries
 from revwire.branch import Cut
 from revwire.coupling import Coupling, coupling_of
 from revwire.dials import Globs, check_dials, globs_of
@@ -220,13 +220,13 @@ def _carried(coupling: Coupling) -> int:
 
 
 def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What to call `model` with: the example inputs as `(args, kwargs)`, a timm model's own where there are none.
+    """What to call `model` with: the example inputs as `(args, kwargs)`, its library's where there are none.
 
     Raises:
         RewireError: there are none, and the model does not know its own.
     """
     if example_inputs is None:
-        example_inputs = timm_models.example_inputs(model)
+        example_inputs = libraries.example_inputs(model)
         if example_inputs is None:
             raise RewireError(
                 f"what does {type(model).__name__} take? Pass example_inputs: a tensor, a tuple of arguments, or a "

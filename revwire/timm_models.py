@@ -1,6 +1,6 @@
 """What revwire knows about timm: the input a model expects, how to build one, and how one was built.
 
-The only file with timm-specific code; everything else sees plain modules. Nothing here touches a network:
+With `timm_variants` the only timm-specific code; everything else sees plain modules. Nothing here touches a network:
 models are built without pretrained weights, and arguments that would fetch or open a file are refused.
 """
 
@@ -9,17 +9,35 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from revwire.errors import RevwireError
+from revwire.libraries import Architecture, noise
+from revwire.outline import differences
+from revwire.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor, nn
+
+__all__ = [
+    "companions",
+    "create",
+    "describe",
+    "example_inputs",
+    "exists",
+    "load",
+    "misfit",
+    "recipe",
+    "shown",
+    "sized_inputs",
+    "tensors_of",
+    "unknown_name",
+]
 
 # Arguments of timm.create_model that download, open a file or place the model: not a checkpoint's to set.
 _RESERVED_ARGS = frozenset(
@@ -33,44 +51,6 @@ _RESERVED_ARGS = frozenset(
         "pretrained_cfg_overlay",
     }
 )
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A timm model by name, with the arguments that build the same shapes again.
-
-    Attributes:
-        name: timm's name of the model, `vit_tiny_patch16_224`.
-        model_args: Keyword arguments of `timm.create_model`, of types JSON can hold.
-    """
-
-    name: str
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.name} {json.dumps(dict(self.model_args))}" if self.model_args else self.name
-
-    def build(self) -> nn.Module:
-        """The model with random weights, as `timm.create_model` makes it.
-
-        Raises:
-            RevwireError: timm has no such model, or refuses the arguments.
-        """
-        return create(self.name, self.model_args)
-
-    def outline(self) -> nn.Module:
-        """The model on the meta device: names, shapes and settings, no memory, no random numbers drawn.
-
-        Raises:
-            RevwireError: As `build`.
-        """
-        try:
-            with torch.device("meta"):
-                return self.build()
-        except RevwireError:
-            # timm before 1.0.22, and a few families after it, look at numbers while building: meta has none
-            with torch.random.fork_rng(devices=[]):
-                return self.build().to("meta")
 
 
 def example_inputs(model: nn.Module, batch: int = 2) -> Tensor | None:
@@ -87,23 +67,13 @@ def example_inputs(model: nn.Module, batch: int = 2) -> Tensor | None:
     height_width = image_size(model)
     if height_width is None:
         return None
-    return noise_images(model, (channels(model), *height_width), batch)
+    return noise(model, (channels(model), *height_width), batch)
 
 
-def noise_images(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Tensor:
-    """Noise of shape (batch, *size) in the dtype and on the device of the model's parameters.
-
-    Args:
-        model: The model the batch is for.
-        size: Channels, height and width of one image.
-        batch: Number of images.
-
-    Returns:
-        Standard normal noise from a generator of its own, so the global one stays where it was.
-    """
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=like.device, dtype=like.dtype)
+def recipe(architecture: Architecture, out: Path) -> str:
+    """The call by which timm loads a checkpoint of the model."""
+    arguments = "".join(f", {key}={value!r}" for key, value in architecture.model_args.items())
+    return f"timm.create_model({architecture.name!r}{arguments}, checkpoint_path={out.name!r})"
 
 
 def exists(name: str) -> bool:
@@ -243,41 +213,6 @@ def _noted(model: nn.Module) -> Architecture:
     except TypeError as error:
         raise _untold(model, f"an argument it was built with cannot be written as JSON ({error})") from error
     return Architecture(name, {key: value for key, value in args.items() if key not in _RESERVED_ARGS})
-
-
-def differences(model: nn.Module, outline: nn.Module, *, settings: bool = False) -> Iterator[str]:
-    """How a model differs from the outline of what it is said to be, one difference at a time.
-
-    Args:
-        model: The model at hand.
-        outline: What the architecture builds.
-        settings: Compare numbers and names kept on the modules too (heads, window, eps), but for those that
-            training recipes change (drop rates, BatchNorm's momentum).
-
-    Yields:
-        One difference in words.
-    """
-    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wanted = {key: tuple(value.shape) for key, value in outline.state_dict().items()}
-    for key in dict.fromkeys([*wanted, *found]):
-        if found.get(key) != wanted.get(key):
-            yield f"{key} is {found.get(key, 'missing')}, not {wanted.get(key, 'missing')}"
-    if not settings:
-        return
-    modules = dict(model.named_modules())
-    for path, reference in outline.named_modules():
-        here = modules.get(path)
-        if not isinstance(here, type(reference)):
-            yield f"{path or 'the model'} is a {type(here).__name__}, not a {type(reference).__name__}"
-            continue
-        for key, value in vars(reference).items():
-            if _is_setting(key, value) and vars(here).get(key) != value:
-                yield f"{path}.{key} is {vars(here).get(key)}, not {value}"
-
-
-def _is_setting(key: str, value: Any) -> bool:
-    plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    return plain and not key.startswith("_") and key not in ("p", "momentum") and "drop" not in key
 
 
 def _untold(model: nn.Module, why: str) -> RevwireError:

@@ -7,33 +7,26 @@ with all three changed, and the two are compared.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from revwire import timm_models
 from revwire.errors import RevwireError
-from revwire.timm_models import Architecture
+from revwire.libraries import Architecture
+from revwire.outline import counted, shapes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Shapes = dict[str, tuple[int, ...]]
+    from torch import nn
+
+    from revwire.outline import Shapes
 
 _CLASSES = 7  # of the changed build where the architecture has none; else it gets none
-# Settings that only training looks at.
-_TRAINING = frozenset({"training", "p", "momentum", "inplace"})
 # What a constructor may refuse, the likeliest first.
 _ARGUMENTS = ("img_size", "in_chans", "num_classes")
-
-
-def shapes_of(module: nn.Module) -> Shapes:
-    """Names and shapes of the state dict."""
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Variants:
         Yields:
             Arguments of `timm.create_model`; whether they fit is seen by building.
         """
-        if _counted(shapes) == _counted(self.shapes):
+        if counted(shapes) == counted(self.shapes):
             yield {}
             return
         arguments: dict[str, Any] = {}
@@ -160,45 +153,6 @@ class Variants:
             guesses.append([_solve(side, sizes, law) for law in _LAWS])
         every = dict.fromkeys(guess for guess in guesses[0] if guess)
         return [guess for guess in every if all(guess in other for other in guesses)]
-
-
-def settings(outline: nn.Module) -> dict[str, Any]:
-    """What beside its tensors decides the function of a model, by module: kinds, numbers, names, further buffers.
-
-    Left out is what only training or a fresh start looks at. Where two models differ in anything else they are taken
-    for two functions, whether or not it matters.
-    """
-    found: dict[str, Any] = {}
-    for path, module in outline.named_modules():
-        found[path] = (
-            type(module),
-            {
-                key: value
-                for key, each in vars(module).items()
-                if not key.startswith(("_", "init", "grad_")) and key not in _TRAINING and "drop" not in key
-                if (value := _plain(each)) is not None
-            },
-        )
-        found.update({f"{path}.{key}": tuple(b.shape) for key, b in module.named_buffers(recurse=False)})
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """A setting as something to compare; None for what is no setting."""
-    if isinstance(value, (bool, int, float, str)):
-        return repr(value)  # True is no 1
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, functools.partial):
-        return [_plain(value.func), sorted((key, _plain(each)) for key, each in value.keywords.items())]
-    if callable(value) and not isinstance(value, nn.Module):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return None
-
-
-def _counted(shapes: Shapes) -> Shapes:
-    """Without the batch counters of BatchNorm, which old checkpoints lack."""
-    return {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 
 # How sizes grow with the side of the input, as (power, degree, rest): `(size - rest) ** power` is a line in `side **

@@ -1,6 +1,7 @@
 """Real files, cut and changed: nothing but revwire's own error, and nothing in a file is run."""
 
 import contextlib
+import json
 import os
 
 import pytest
@@ -8,7 +9,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from revwire import checkpoint
 from revwire.checkpoint.architecture import resolve
@@ -54,7 +55,8 @@ def examine(path):
     source = read(path)
     for tensor in source.tensors.values():
         tensor.view(-1).sum()
-    check_fit(resolve(source), source.tensors, str(path))
+    architecture = resolve(source)
+    check_fit(architecture, source.tensors_for(architecture.library), str(path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,3 +113,58 @@ def test_a_load_of_a_changed_file_is_no_crash(tmp_path):
     save_file({"a": torch.ones(2)}, path, {"revwire.plan": "{}", "architecture": "test_vit"})
     with pytest.raises(CheckpointError):
         checkpoint.load(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of transformers, and its configuration."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("folder")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=8))
+    save_file(model.state_dict(), path / "model.safetensors")
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return path, {**config, "architectures": ["ViTModel"]}
+
+
+WORDS = ["", "vit", "bert", "ViTModel", "BertModel", "auto", "gelu", "float16", "../x", "__class__"]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False)
+    | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [
+    "model_type", "architectures", "auto_map", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps", "qkv_bias", "num_labels",
+    "id2label", "dtype", "initializer_range", "quantization_config", "_attn_implementation", "pooler_act",
+    "return_dict", "problem_type", "vision_config", "text_config", "to_dict", "__class__", "intermediate_size",
+]  # fmt: skip
+
+
+@FUZZ
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
+def test_changed_configurations_of_transformers(folder, changes):
+    path, config = folder
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    with contextlib.suppress(CheckpointError):
+        examine(path)
+
+
+@FUZZ
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
+def test_changed_configurations_in_metadata(folder, tmp_path, changes):
+    path, config = folder
+    file = tmp_path / "file.safetensors"
+    text = json.dumps({**config, **changes})
+    state = load_file(path / "model.safetensors")
+    save_file(
+        state, file, {"architecture": "transformers/ViTModel", "model_args": text, "revwire.plan": "{}"}
+    )
+    with contextlib.suppress(CheckpointError):
+        examine(file)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(file)

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from revwire import checkpoint
 from revwire.checkpoint import conversion
-from revwire.checkpoint.fingerprint import INDEX, index, packed
+from revwire.checkpoint.fingerprint import index, index_name, packed
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
 from revwire.cli import app
 from revwire.errors import CheckpointError
-from revwire.timm_models import Architecture
-from revwire.timm_variants import settings, shapes_of
+from revwire.libraries import Architecture
+from revwire.outline import settings, shapes_of
 
 SMALL = "test_vit"  # whose tensors no other has
 
@@ -51,14 +51,15 @@ def convert(path, **options):
 
 
 def test_the_index_is_small_and_of_every_architecture():
-    content = files("revwire.checkpoint").joinpath(INDEX).read_bytes()
+    content = files("revwire.checkpoint").joinpath(index_name("timm")).read_bytes()
     assert len(content) < 200_000
-    assert len(index().architectures) > 1000
-    missing = set(timm.list_models()) - index().architectures.keys()
-    assert index().timm != timm.__version__ or not missing
+    known = index("timm")
+    assert len(known.architectures) > 1000
+    missing = set(timm.list_models()) - known.architectures.keys()
+    assert known.version != timm.__version__ or not missing
     data = json.loads(gzip.decompress(content))
     assert packed("x", {}) == packed("x", {})  # nothing of the moment in it
-    assert data["timm"] == index().timm
+    assert data["version"] == known.version
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_the_index_is_small_and_of_every_architecture():
 def test_classes_channels_and_size_are_read_off(name, args):
     expected = outline(name, **args)
     choices = found(name, **args).choices
-    fitting = [each for group in choices for each in group if each.name == name]
+    fitting = [each for group in choices for each in group if each.spec == name]
     assert [dict(each.model_args) for each in fitting] == [args]
     for group in choices:
         for each in group:
@@ -149,7 +150,7 @@ def test_a_doubtful_index_is_never_believed(saved):
     liar = mock.Mock()
     liar.with_shapes.return_value = ["resnet34", "vit_tiny_patch16_224", "no_such_model"]
     liar.with_names.return_value = []
-    liar.timm, liar.architectures = "0", {}
+    liar.version, liar.architectures = "0", {}
     with (
         mock.patch("revwire.checkpoint.identify.index", return_value=liar),
         pytest.raises(CheckpointError, match="cannot tell the architecture"),

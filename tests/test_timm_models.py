@@ -9,7 +9,7 @@ from torch import nn
 
 from revwire import timm_models
 from revwire.errors import RevwireError
-from revwire.timm_models import Architecture
+from revwire.libraries import Architecture
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
-from revwire import timm_models
+from revwire import timm_models, transformers_models
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import arguments_of, identify, near
 from revwire.checkpoint.metadata import parse_json
 from revwire.errors import CheckpointError, RevwireError
-from revwire.timm_models import Architecture
+from revwire.libraries import INDEXED, Architecture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from revwire.checkpoint.reader import Source
 
 _NAMED = 5  # how many near architectures a message names
+# What peft and others call the tensors of an adapter.
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|ia3_l|hada_w\w+|oft_[rs]|boft_[rs])(\.|$)")
 
 
 def resolve(
@@ -26,34 +29,42 @@ def resolve(
 
     Args:
         source: The opened checkpoint.
-        arch: timm's name of the model; what the file says is then ignored.
-        model_args: Arguments of `timm.create_model`; without `arch` they go over those the file names, and where
-            they are left out, classes, channels and input size are read off the tensors.
+        arch: Name of the model, `resnet50` of timm or `torchvision/resnet50`; what the file says is then ignored.
+        model_args: Arguments of its library; without `arch` they go over those the file names, and where they are
+            left out, classes, channels and input size are read off the tensors.
 
     Returns:
-        An architecture whose name timm knows; whether the tensors fit it is not looked at.
+        An architecture whose name its library knows; whether the tensors fit it is not looked at.
 
     Raises:
-        CheckpointError: Nothing says which architecture it is, several fit that compute different functions, or
-            timm has none of that name.
+        CheckpointError: Nothing says which architecture it is, several fit that compute different functions, its
+            library has none of that name, or the tensors are those of an adapter.
     """
     architecture: Architecture | None
+    if adapter := next((name for name in source.tensors if _ADAPTER.search(name)), None):
+        raise CheckpointError(
+            f"{source.path} holds an adapter that is not merged ({adapter[:100]}): merge it into the weights first, "
+            f"with peft model = model.merge_and_unload(), and save that model's state_dict"
+        )
     if arch:
-        if model_args is None and timm_models.exists(arch):
-            model_args = arguments_of(arch, source.tensors)
-        architecture = Architecture(arch, dict(model_args or {}))
+        architecture = Architecture.of(arch, model_args)
+        if model_args is None and architecture.library in INDEXED and architecture.exists():
+            architecture = Architecture.of(arch, arguments_of(architecture, source.tensors))
     else:
         architecture = next((found for find in _FINDERS if (found := find(source)) is not None), None)
         if architecture and model_args:
-            architecture = Architecture(architecture.name, {**architecture.model_args, **model_args})
+            architecture = Architecture.of(architecture.spec, {**architecture.model_args, **model_args})
     if architecture is None:
         raise CheckpointError(
-            f"cannot tell the architecture of {source.path}: neither its metadata nor a config.json of timm "
+            f"cannot tell the architecture of {source.path}: neither its metadata nor a config.json "
             f"beside it names one, and {_unlike(source)}; pass arch= (--arch), and model_args= (--model-args) "
             f"if it has any"
         )
-    if not timm_models.exists(architecture.name):
-        raise CheckpointError(f"{source.path}: {timm_models.unknown_name(architecture.name)}")
+    try:
+        if not architecture.exists():
+            raise CheckpointError(f"{source.path}: {architecture.unknown()}")
+    except RevwireError as error:  # its library is not installed
+        raise CheckpointError(str(error)) from error
     return architecture
 
 
@@ -63,11 +74,11 @@ def _from_metadata(source: Source) -> Architecture | None:
     if not name:
         return None
     what = f"{source.path}: model_args in its metadata"
-    return Architecture(name, parse_json(source.metadata.get("model_args") or "{}", what))
+    return Architecture.of(name, parse_json(source.metadata.get("model_args") or "{}", what))
 
 
 def _from_config(source: Source) -> Architecture | None:
-    """The `config.json` beside the file, as timm's models have one on the Hugging Face hub."""
+    """The `config.json` beside the file, as models of timm and transformers have one on the Hugging Face hub."""
     path = source.path.with_name("config.json")
     try:
         text = path.read_text(encoding="utf-8")
@@ -77,16 +88,9 @@ def _from_config(source: Source) -> Architecture | None:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     config = parse_json(text, str(path))
     try:
-        found = timm_models.from_config(config)
+        return timm_models.from_config(config) or transformers_models.from_config(config)
     except RevwireError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    kind = config.get("model_type")
-    if found is None and isinstance(kind, str):
-        raise CheckpointError(
-            f"{path} is of a transformers model, {kind[:50]!r}, which convert does not build; load it with "
-            f"transformers and call revwire.rewire, or pass arch= (--arch) if the tensors are timm's"
-        )
-    return found
 
 
 def _from_tensors(source: Source) -> Architecture | None:
@@ -102,13 +106,15 @@ def _from_tensors(source: Source) -> Architecture | None:
 
 def _unlike(source: Source) -> str:
     """Why the tensors did not tell."""
-    known = f"of the {len(index().architectures)} architectures that timm {index().timm} has"
+    indexes = [index(library) for library in INDEXED]
+    known = " and ".join(f"{len(each.architectures)} of {each.library} {each.version}" for each in indexes)
     names = near(source.tensors)
     if not names:
-        return f"its tensors are not those of any {known}"
+        return f"its tensors are not those of any of the architectures known by them ({known})"
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
-        f"{known} none has tensors of these shapes; the names are those of {', '.join(names[:_NAMED])}{rest}"
+        f"of the architectures known by their tensors ({known}) none has tensors of these shapes; the names are "
+        f"those of {', '.join(names[:_NAMED])}{rest}"
     )
 
 

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from revwire import rewiring, timm_models
+from revwire import libraries, rewiring
 from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import build, common_dtype
-from revwire.checkpoint.folder import INDEX_SUFFIX
+from revwire.checkpoint.folder import stem_of
+from revwire.checkpoint.hub import default_out, is_hub, located
 from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_of
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import RewireError
 from revwire.memory.measure import StepMemory, measure_step
+from revwire.structure import tree_leaves
+from revwire.surgery import call_arguments
 from revwire.verification import verify as run_checks
 
 if TYPE_CHECKING:
@@ -30,9 +33,9 @@ if TYPE_CHECKING:
     from revwire.checkpoint.reader import Source
     from revwire.coupling import Coupling
     from revwire.fixed import Grid
+    from revwire.libraries import Architecture
     from revwire.plans import Plan
     from revwire.report import Report
-    from revwire.timm_models import Architecture
 
 Progress = Callable[[str], None]
 
@@ -42,7 +45,7 @@ class Savings:
     """What rewiring saves in one training step, measured.
 
     Attributes:
-        batch: Number of images in the step.
+        batch: Number of inputs in the step.
         plain: Bytes held and peak of the model as it was.
         rewired: The same, rewired.
     """
@@ -94,7 +97,7 @@ class Conversion:
             "source": str(self.source),
             "entry": self.entry,
             "source_bytes": self.source_bytes,
-            "architecture": self.architecture.name,
+            "architecture": self.architecture.spec,
             "model_args": dict(self.architecture.model_args),
             "plan": self.plan.to_dict(),
             "report": self.report.to_dict() if self.report else None,
@@ -138,16 +141,19 @@ def convert(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert a checkpoint of a timm model into one of the rewired model.
+    """Convert a checkpoint into one of the rewired model.
 
     The tensors are written as they were read, byte for byte; architecture, coupling and plan go into the
     metadata. The planning, the verification and the measurement run on the CPU, in float32 at least.
 
     Args:
-        path: A safetensors file, or a torch file of tensors only; an index of several files, or a folder with one.
-        out: Where to write; by default `model.revwire.safetensors` beside `model.safetensors`.
-        arch: timm's name of the model, where the file and a `config.json` beside it do not tell.
-        model_args: Arguments of `timm.create_model`; without `arch` they go over those the file names.
+        path: A safetensors file, or a torch file of tensors only; an index of several files, or a folder with one, as
+            timm and transformers save them; or `hf-hub:NAME`, which is downloaded.
+        out: Where to write; by default `model.revwire.safetensors` beside `model.safetensors`, and in the current
+            folder what comes from the hub.
+        arch: Name of the model, `resnet50` of timm or `torchvision/resnet50`, where the file, a `config.json`
+            beside it and the tensors do not tell.
+        model_args: Arguments that its library builds it with; without `arch` they go over those the file names.
         coupling: The coupling the model is rewired with, by name or as an object, as for `revwire.rewire`.
         exact: Whether its streams are in fixed point, as for `revwire.rewire`.
         verify: Verify before writing.
@@ -161,15 +167,23 @@ def convert(
         RewireError: The model has nothing to rewire.
     """
     say = progress or (lambda _: None)
-    path = Path(path)
+    if is_hub(path):
+        say(f"fetching {path}")
+        out = out or default_out(path)
+    path = located(path)
     say(f"reading {path.name}")
     source = read(path)
     out = Path(out) if out else _default_out(source.path)
     for file in source.files or (source.path,):
         check_out(out, file)
     architecture = resolve(source, arch, model_args)
-    say(f"building {architecture.name}")
+    say(f"building {architecture.spec}")
     model = _plain(source, architecture)
+    if libraries.example_inputs(model, 1) is None:
+        raise RewireError(
+            f"{path}: what {architecture} is called with is not known; load it with {architecture.library} and call "
+            f"revwire.rewire(model, example_inputs)"
+        )
     say("planning")
     plan = rewiring.plan(model, coupling=coupling, exact=exact)
     if not plan.chains:
@@ -188,7 +202,11 @@ def convert(
     say("measuring a training step")
     savings = _measure(model, plan)
     say(f"writing {out.name}")
-    write(out, source.tensors, {**source.metadata, **rewiring_metadata(architecture, plan)})
+    write(
+        out,
+        source.tensors_for(architecture.library),
+        {**source.metadata, **rewiring_metadata(architecture, plan)},
+    )
     return replace(done, out=out, out_bytes=out.stat().st_size, savings=savings)
 
 
@@ -198,7 +216,7 @@ def load_plain(
     """Load a checkpoint, converted or not, into its model as it is without rewiring.
 
     Args:
-        path: The file.
+        path: As in `convert`.
         arch: As in `convert`.
         model_args: As in `convert`.
 
@@ -208,32 +226,35 @@ def load_plain(
     Raises:
         CheckpointError: The file cannot be read, or does not fit its architecture.
     """
-    source = read(path)
+    source = read(located(path))
     plan = rewiring_of(source.metadata, source.path) if is_rewired(source.metadata) else None
     return _plain(source, resolve(source, arch, model_args)), plan
 
 
 def _plain(source: Source, architecture: Architecture) -> nn.Module:
-    dtype = torch.promote_types(common_dtype(source.tensors), torch.float32)
-    return build(architecture, source.tensors, str(source.path), dtype)
+    tensors = source.tensors_for(architecture.library)
+    dtype = torch.promote_types(common_dtype(tensors), torch.float32)
+    return build(architecture, tensors, str(source.path), dtype)
 
 
 def _default_out(path: Path) -> Path:
     """`model.revwire.safetensors` beside `model.safetensors`, `model.pth` or `model.revwire.safetensors`."""
-    stem = path.name.removesuffix(INDEX_SUFFIX) if path.name.endswith(INDEX_SUFFIX) else path.stem
-    return path.with_name(f"{stem.removesuffix('.revwire')}.revwire.safetensors")
+    return path.with_name(f"{stem_of(path).removesuffix('.revwire')}.revwire.safetensors")
 
 
 def _measure(model: nn.Module, plan: Plan) -> Savings:
     """Measure a training step of the model before and after rewiring; the model is used up."""
-    inputs = timm_models.example_inputs(model)
-    assert inputs is not None, "planning would have asked for inputs"
+    inputs = libraries.example_inputs(model)
+    batch = next(leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    args, kwargs = call_arguments(model, inputs)
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
-            model(inputs)  # fills the caches that stay, rope tables for one, which are no activations
+            model(
+                *args, **kwargs
+            )  # fills the caches that stay, rope tables for one, which are no activations
         plain = measure_step(model, inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan says it
             rewiring.rewire(model, inputs, coupling=plan.coupling, exact=plan.exact, plan=plan)
         rewired = measure_step(model, inputs)
-    return Savings(len(inputs), plain, rewired)
+    return Savings(batch, plain, rewired)

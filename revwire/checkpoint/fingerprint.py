@@ -1,4 +1,4 @@
-"""Fingerprints of tensor names and shapes, and the index of those of timm's architectures.
+"""Fingerprints of tensor names and shapes, and the indexes of those of timm's and torchvision's architectures.
 
 A fingerprint is a sum of hashes, one for each name and shape, so the part of it that classes, input size and channels
 change can be taken away again without knowing it beforehand.
@@ -19,23 +19,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-Shapes = dict[str, tuple[int, ...]]
+    from revwire.outline import Shapes
 
-INDEX = "timm_index.json.gz"
 _BITS = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Index:
-    """What the package knows of timm's architectures.
+    """What the package knows of a library's architectures.
 
     Attributes:
-        timm: The version of timm the index was made with.
+        library: The library.
+        version: The version of it that the index was made with.
         flexible: Sets of patterns of the tensors that may have other shapes, or not be there.
         architectures: By name: fingerprint without flexible tensors, the same of names alone, which set is flexible.
     """
 
-    timm: str
+    library: str
+    version: str
     flexible: Sequence[frozenset[str]]
     architectures: Mapping[str, tuple[int, int, int]]
 
@@ -52,22 +53,29 @@ class Index:
         return [name for name, (_, own, kind) in self.architectures.items() if found[kind] == own]
 
 
+def index_name(library: str) -> str:
+    """The file in this package that has the index of a library."""
+    return f"{library}_index.json.gz"
+
+
 @cache
-def index() -> Index:
-    """The index that lies in the package."""
-    data = json.loads(gzip.decompress(files(__package__).joinpath(INDEX).read_bytes()))
+def index(library: str) -> Index:
+    """The index of a library that lies in the package."""
+    data = json.loads(gzip.decompress(files(__package__).joinpath(index_name(library)).read_bytes()))
     architectures = {
         name: (int(shapes, 16), int(names, 16), kind)
         for name, (shapes, names, kind) in data["architectures"].items()
     }
-    return Index(data["timm"], [frozenset(patterns) for patterns in data["flexible"]], architectures)
+    return Index(
+        library, data["version"], [frozenset(patterns) for patterns in data["flexible"]], architectures
+    )
 
 
 def packed(version: str, found: Mapping[str, tuple[Shapes, Iterable[str]]]) -> bytes:
     """An index as it lies in the package.
 
     Args:
-        version: Of timm.
+        version: Of the library.
         found: By architecture: names and shapes, and those among the names that are flexible.
 
     Returns:
@@ -81,7 +89,7 @@ def packed(version: str, found: Mapping[str, tuple[Shapes, Iterable[str]]]) -> b
         of_shapes = _Sums(shapes.items()).without(patterns)
         of_names = _Sums((tensor, ()) for tensor in shapes).without(patterns)
         architectures[name] = [f"{of_shapes:x}", f"{of_names:x}", kind]
-    data = {"timm": version, "flexible": list(sets), "architectures": architectures}
+    data = {"version": version, "flexible": list(sets), "architectures": architectures}
     return gzip.compress(json.dumps(data, separators=(",", ":")).encode(), mtime=0)
 
 

@@ -11,9 +11,21 @@ from revwire.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
 # In the order they are preferred.
-_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
+_FILES = ("model.safetensors", f"model{_INDEXES[0]}", "pytorch_model.bin", f"pytorch_model{_INDEXES[1]}")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file names others that hold the tensors."""
+    return path.name.endswith(_INDEXES)
+
+
+def stem_of(path: Path) -> str:
+    """`model` of `model.safetensors`, `model.pth` and `model.safetensors.index.json`."""
+    suffix = next((suffix for suffix in _INDEXES if path.name.endswith(suffix)), path.suffix)
+    return path.name.removesuffix(suffix)
 
 
 def file_in(folder: Path) -> Path:
@@ -25,6 +37,11 @@ def file_in(folder: Path) -> Path:
     for name in _FILES:
         if (folder / name).is_file():
             return folder / name
+    if any((folder / name).is_file() for name in _ADAPTERS):
+        raise CheckpointError(
+            f"{folder} holds an adapter without its model: merge it into the weights first, with peft "
+            f"model = model.merge_and_unload(), and save that model"
+        )
     raise CheckpointError(
         f"{folder} is a folder: name the checkpoint file in it ({' or '.join(_FILES)} would be found)"
     )
@@ -34,7 +51,7 @@ def shards(index: Path, names_in: Callable[[Path], list[str]]) -> dict[str, tupl
     """Where the tensors of an index file are.
 
     Args:
-        index: The file, `model.safetensors.index.json`.
+        index: The file, `model.safetensors.index.json`, or the same of torch files.
         names_in: The names in one of its files.
 
     Returns:

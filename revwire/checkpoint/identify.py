@@ -1,6 +1,6 @@
 """Which architecture a state dict is of, told from the names and shapes of its tensors.
 
-The index in the package names the candidates, and building them on the meta device decides: nothing is believed that
+The indexes in the package name the candidates, and building them on the meta device decides: nothing is believed that
 does not fit strictly. Architectures that fit alike but compute something else are a tie, and a tie is the caller's.
 """
 
@@ -10,17 +10,18 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from revwire import timm_models
 from revwire.checkpoint.fingerprint import index
-from revwire.checkpoint.fit import misfit
+from revwire.checkpoint.sameness import same_operations
 from revwire.errors import RevwireError
-from revwire.timm_models import Architecture
-from revwire.timm_variants import Shapes, Variants, settings
+from revwire.libraries import INDEXED, Architecture, variants
+from revwire.outline import difference, settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from revwire.outline import Shapes
 
 _LISTED = 40  # how many names a message lists; the rest is counted
 
@@ -43,21 +44,38 @@ class Found:
 
     @property
     def names(self) -> list[str]:
-        """Every name that fits."""
-        return [each.name for group in self.choices for each in group]
+        """Every name that fits, with its library before it where that is not timm."""
+        return [each.spec for group in self.choices for each in group]
 
     def in_words(self) -> str:
         """The tie as a message lists it, the same functions in one place."""
         groups = [
-            str(group[0]) + (f" (= {', '.join(each.name for each in group[1:])})" if group[1:] else "")
+            str(group[0]) + (f" (= {', '.join(each.spec for each in group[1:])})" if group[1:] else "")
             for group in self.choices
         ]
         rest = f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else ""
         return ", ".join(groups[:_LISTED]) + rest
 
 
+@dataclass(frozen=True)
+class _Function:
+    """Architectures that compute the same, and one of them built on the meta device."""
+
+    outline: nn.Module
+    settings: dict[str, Any]
+    architectures: list[Architecture]
+
+    def computes(self, other: _Function) -> bool:
+        """Whether the other, of another library, runs the same operations."""
+        return self._library != other._library and same_operations(self.outline, other.outline)
+
+    @property
+    def _library(self) -> str:
+        return self.architectures[0].library
+
+
 def identify(tensors: Mapping[str, Tensor]) -> Found:
-    """Find the architectures of timm whose tensors these are.
+    """Find the architectures whose tensors these are.
 
     Classes, channels and the side of a square input may differ from what an architecture has by itself.
 
@@ -68,56 +86,67 @@ def identify(tensors: Mapping[str, Tensor]) -> Found:
         What fits strictly; no choices where nothing does.
     """
     shapes = _shapes(tensors)
-    groups: list[tuple[Any, list[Architecture]]] = []
-    for name in index().with_shapes(shapes):
-        fitting = _fitting(name, tensors, shapes)
-        if fitting is None:
-            continue
-        architecture, function = fitting
-        same = next((group for known, group in groups if known == function), None)
-        if same is None:
-            groups.append((function, [architecture]))
-        else:
-            same.append(architecture)
-    return Found([sorted(group, key=_plainness) for _, group in groups])
+    found: list[_Function] = []
+    for library in INDEXED:
+        own: list[_Function] = []
+        for name in index(library).with_shapes(shapes):
+            fitting = _fitting(Architecture(name, {}, library), tensors, shapes)
+            if fitting is None:
+                continue
+            same = next((each for each in own if each.settings == fitting.settings), None)
+            if same is None:
+                own.append(fitting)
+            else:
+                same.architectures.extend(fitting.architectures)
+        for each in own:
+            twin = next((other for other in found if other.computes(each)), None)
+            if twin is None:
+                found.append(each)
+            else:
+                twin.architectures.extend(each.architectures)
+    return Found([sorted(each.architectures, key=_plainness) for each in found])
 
 
-def arguments_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def arguments_of(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The arguments with which an architecture fits a state dict; None where none do.
 
     Args:
-        name: timm's name of the architecture.
+        architecture: Of an indexed library; its arguments are not looked at.
         tensors: The state dict.
     """
-    fitting = _fitting(name, tensors, _shapes(tensors))
-    return dict(fitting[0].model_args) if fitting else None
+    fitting = _fitting(architecture, tensors, _shapes(tensors))
+    return dict(fitting.architectures[0].model_args) if fitting else None
 
 
 def near(tensors: Mapping[str, Tensor]) -> list[str]:
     """Architectures whose tensors have the same names but other shapes: one of them with other arguments."""
-    return index().with_names(_shapes(tensors))
+    shapes = _shapes(tensors)
+    return [
+        Architecture(name, {}, library).spec
+        for library in INDEXED
+        for name in index(library).with_names(shapes)
+    ]
 
 
-def _fitting(
-    name: str, tensors: Mapping[str, Tensor], shapes: Shapes
-) -> tuple[Architecture, dict[str, Any]] | None:
+def _fitting(architecture: Architecture, tensors: Mapping[str, Tensor], shapes: Shapes) -> _Function | None:
     """An architecture with the arguments that fit, and the settings that make its function."""
-    if not timm_models.exists(name):  # the index may be of another version of timm
+    if not architecture.exists():  # the index may be of another version of the library
         return None
-    variants = Variants(name)
+    others = variants(architecture)
     try:
-        for arguments in variants.arguments_for(shapes):
-            architecture = Architecture(name, arguments)
-            outline = architecture.outline() if arguments else variants.outline
-            if not misfit(outline, tensors):
-                return architecture, settings(outline)
+        for arguments in others.arguments_for(shapes):
+            candidate = Architecture(architecture.name, arguments, architecture.library)
+            outline = candidate.outline() if arguments else others.outline
+            if not difference(outline, tensors):
+                return _Function(outline, settings(outline), [candidate])
     except RevwireError:
         return None
     return None
 
 
-def _plainness(architecture: Architecture) -> tuple[int, int, str]:
-    return len(json.dumps(dict(architecture.model_args))), len(architecture.name), architecture.name
+def _plainness(architecture: Architecture) -> tuple[int, int, int, str]:
+    order = INDEXED.index(architecture.library)
+    return order, len(json.dumps(dict(architecture.model_args))), len(architecture.name), architecture.name
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from revwire.timm_models import Architecture
+    from revwire.libraries import Architecture
 
 _PLAN, _COUPLING, _VERSION = "revwire.plan", "revwire.coupling", "revwire.version"
 _JSON_LIMIT = 16 * 2**20  # characters; timm's largest config.json (22k class names) has two million
@@ -24,7 +24,7 @@ def rewiring_metadata(architecture: Architecture, plan: Plan) -> dict[str, str]:
 
     return {
         "format": "pt",
-        "architecture": architecture.name,
+        "architecture": architecture.spec,
         "model_args": json.dumps(dict(architecture.model_args)),
         _PLAN: plan.to_json(),
         _COUPLING: plan.coupling,

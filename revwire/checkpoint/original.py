@@ -1,4 +1,4 @@
-"""The way back: a rewired checkpoint as one of the original model, which timm loads as its own."""
+"""The way back: a rewired checkpoint as one of the original model, which its library loads as its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import check_fit
 from revwire.checkpoint.metadata import rewiring_of, without_rewiring
 from revwire.checkpoint.reader import read
-from revwire.checkpoint.writer import check_out, write
+from revwire.checkpoint.writer import check_out, write, write_texts
 from revwire.coupling import coupling_of
 from revwire.errors import CheckpointError, RewireError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from revwire.timm_models import Architecture
+    from revwire.libraries import Architecture
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Restored:
 
     Attributes:
         source: The rewired checkpoint that was read.
-        out: The file written.
+        out: The file or folder written.
         architecture: The model its tensors belong to.
         coupling: What the model was rewired with.
         warning: What to know before using it; empty where the original model computes what was trained.
         source_bytes: Size of the file that was read.
-        out_bytes: Size of the file written.
+        out_bytes: Size of the file written, or of the weights in the folder.
     """
 
     source: Path
@@ -54,7 +54,7 @@ class Restored:
         return {
             "source": str(self.source),
             "out": str(self.out),
-            "architecture": self.architecture.name,
+            "architecture": self.architecture.spec,
             "model_args": dict(self.architecture.model_args),
             "coupling": self.coupling,
             "warning": self.warning,
@@ -66,11 +66,9 @@ class Restored:
         from rich.filesize import decimal
         from rich.text import Text
 
-        arguments = "".join(f", {key}={value!r}" for key, value in self.architecture.model_args.items())
         yield Text(
             f"read {self.source} ({decimal(self.source_bytes)}), {self.architecture}, rewired by {self.coupling}\n"
-            f"wrote {self.out} ({decimal(self.out_bytes)}), for "
-            f"timm.create_model({self.architecture.name!r}{arguments}, checkpoint_path=...)",
+            f"wrote {self.out} ({decimal(self.out_bytes)}), for {self.architecture.recipe(self.out)}",
             overflow="fold",
         )
         if self.warning:
@@ -87,11 +85,12 @@ def to_original(
 ) -> Restored:
     """Write a rewired checkpoint as one of the original model: the same tensors, without what revwire noted.
 
-    No model is built with weights, and one tensor is in memory at a time.
+    No memory is taken for weights: one tensor is in memory at a time.
 
     Args:
         path: The file, as `convert` or `save` wrote it.
-        out: Where to write; by default `model.original.safetensors` beside `model.revwire.safetensors`.
+        out: Where to write; by default `model.original.safetensors` beside `model.revwire.safetensors`, and for a model
+            of transformers the folder `model.original`, with its configuration, as `from_pretrained` reads it.
         arch: As in `convert`.
         model_args: As in `convert`.
         progress: Called with what is being done, in a few words.
@@ -108,14 +107,36 @@ def to_original(
     say(f"reading {path.name}")
     source = read(path)
     plan = rewiring_of(source.metadata, path)
-    out = Path(out) if out else path.with_name(f"{path.stem.removesuffix('.revwire')}.original.safetensors")
-    check_out(out, path)
     architecture = resolve(source, arch, model_args)
-    check_fit(architecture, source.tensors, str(path))
+    companions = architecture.companions()
+    stem = path.stem.removesuffix(".revwire")
+    out = Path(out) if out else path.with_name(f"{stem}.original{'' if companions else '.safetensors'}")
+    folder = out if companions and out.suffix != ".safetensors" else None
+    weights = _weights_in(folder, companions) if folder else out
+    tensors = source.tensors_for(architecture.library)
+    check_fit(architecture, tensors, str(path))
     warning = _warning(plan.coupling, path)
+    check_out(weights, path)
     say(f"writing {out.name}")
-    write(out, source.tensors, without_rewiring(source.metadata))
-    return Restored(path, out, architecture, plan.coupling, warning, source.size, out.stat().st_size)
+    write(weights, tensors, without_rewiring(source.metadata))
+    if folder:
+        write_texts(folder, companions)
+    return Restored(path, out, architecture, plan.coupling, warning, source.size, weights.stat().st_size)
+
+
+def _weights_in(folder: Path, companions: Mapping[str, str]) -> Path:
+    """The file of the weights in a folder that is made for it, or holds what an earlier call wrote."""
+    weights = folder / "model.safetensors"
+    try:
+        folder.mkdir(exist_ok=True)
+        others = {path.name for path in folder.iterdir()} - {weights.name, *companions}
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    if others:
+        raise CheckpointError(
+            f"cannot write {folder}: there is more in it ({min(others)}); name a new folder (-o, out=)"
+        )
+    return weights
 
 
 def _warning(spec: str, path: Path) -> str:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from revwire import timm_models
-from revwire.checkpoint.folder import INDEX_SUFFIX, file_in, shards
+from revwire.checkpoint.folder import file_in, is_index, shards
 from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
 
@@ -28,7 +28,16 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # Where training scripts put the weights, averaged ones first, and what goes before every name.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 _ENTRIES = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module", "net", "params", "weights")
-_WRAPPERS = ("model.", "timm_model.", "ema_model.", "model_ema.", "ema.", "net.", "state_dict.")
+_WRAPPERS = (
+    "base_model.model.",
+    "model.",
+    "timm_model.",
+    "ema_model.",
+    "model_ema.",
+    "ema.",
+    "net.",
+    "state_dict.",
+)
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # How other files begin that end up under a checkpoint's name, mostly by a download that went wrong.
 _OTHER_FILES = {
@@ -47,6 +56,7 @@ class Source:
     Attributes:
         path: The file.
         tensors: Every tensor by name, memory-mapped where the format allows.
+        named_in_file: The same under the file's own names, but for the marks that training leaves in them.
         metadata: The safetensors metadata; of timm's training checkpoints, what says how the model was built.
         entry: Which entry of a torch file holds the tensors (`state_dict_ema`); `""` is the file as a whole.
         files: Where the path is an index: the files that hold the tensors.
@@ -54,6 +64,7 @@ class Source:
 
     path: Path
     tensors: Mapping[str, Tensor]
+    named_in_file: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     entry: str = ""
     files: tuple[Path, ...] = ()
@@ -63,12 +74,17 @@ class Source:
         """Bytes of the file, or files."""
         return sum(path.stat().st_size for path in self.files or (self.path,))
 
+    def tensors_for(self, library: str) -> Mapping[str, Tensor]:
+        """The tensors under the names that a library knows them by: `model.` is part of transformers' own."""
+        return self.named_in_file if library == "transformers" else self.tensors
+
 
 def read(path: str | Path) -> Source:
     """Open a checkpoint: safetensors, or a torch file of tensors only (`weights_only=True`, never otherwise).
 
     Args:
-        path: The file, of any name; an index of several (`*.safetensors.index.json`); or a folder that has one.
+        path: The file, of any name; an index of several (`*.safetensors.index.json`, `*.bin.index.json`); or a folder
+            that has one.
 
     Returns:
         Its tensors on the CPU and its metadata.
@@ -82,8 +98,8 @@ def read(path: str | Path) -> Source:
         path = file_in(path) if path.is_dir() else path
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot open {path}: {error}") from error
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
+    if is_index(path):
+        return _read_shards(path) if ".safetensors." in path.name else _read_torch_shards(path)
     head = _head(path)
     if (
         head[8:9] == b"{"
@@ -119,14 +135,31 @@ def _read_shards(index: Path) -> Source:
         return names
 
     places = shards(index, names_in)
-    peeled = _peeled(index, places)
+    tensors, named = (
+        Mapped({new: places[old] for old, new in names.items()}) for names in _both(index, places)
+    )
     files = tuple(dict.fromkeys(path for path, _ in places.values()))
-    return Source(index, Mapped({new: places[old] for old, new in peeled.items()}), metadata, files=files)
+    return Source(index, tensors, named, metadata, files=files)
+
+
+def _read_torch_shards(index: Path) -> Source:
+    parts: dict[Path, Mapping[str, Tensor]] = {}
+
+    def names_in(path: Path) -> list[str]:
+        parts[path] = _tensors(path, _loaded(path, mmap=_head(path).startswith(_ZIP)))[1]
+        return list(parts[path])
+
+    merged = {name: parts[path][inside] for name, (path, inside) in shards(index, names_in).items()}
+    tensors, named = ({new: merged[old] for old, new in names.items()} for names in _both(index, merged))
+    return Source(index, tensors, named, {}, files=tuple(parts))
 
 
 def _read_safetensors(path: Path) -> Source:
     names, metadata = _contents(path)
-    return Source(path, Mapped({new: (path, old) for old, new in _peeled(path, names).items()}), metadata)
+    tensors, named = (
+        Mapped({new: (path, old) for old, new in names.items()}) for names in _both(path, names)
+    )
+    return Source(path, tensors, named, metadata)
 
 
 def _contents(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -147,13 +180,25 @@ def _contents(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _read_torch(path: Path, *, mmap: bool) -> Source:
+    loaded = _loaded(path, mmap=mmap)
+    entry, state = _tensors(path, loaded)
+    tensors, named = ({new: state[old] for old, new in names.items()} for names in _both(path, state))
+    return Source(path, tensors, named, _training_metadata(loaded), entry)
+
+
+def _loaded(path: Path, *, mmap: bool) -> Any:
+    """The content of a torch file, of tensors and plain values."""
     try:
         # argparse.Namespace holds data only, and every training checkpoint of timm has one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can make the restricted unpickler raise anything
         raise _refusal(path, error) from error
+
+
+def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
+    """The tensors of a torch file, and the entry that has them."""
     entry, state = _state_dict(loaded)
     tensors = {}
     for name, value in state.items():
@@ -167,8 +212,7 @@ def _read_torch(path: Path, *, mmap: bool) -> Source:
         raise CheckpointError(
             f"{path} is no state dict; save the weights, torch.save(model.state_dict(), file)"
         )
-    peeled = {new: tensors[old] for old, new in _peeled(path, tensors).items()}
-    return Source(path, peeled, _training_metadata(loaded), entry)
+    return entry, tensors
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
@@ -198,14 +242,20 @@ def _state_dict(loaded: Any) -> tuple[str, Mapping[Any, Any]]:
     return "", loaded
 
 
-def _peeled(path: Path, names: Iterable[str]) -> dict[str, str]:
+def _both(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """By name in the file: the parameter's own without every wrapper, and without the marks of training alone."""
+    names = list(names)
+    return _peeled(path, names, _WRAPPERS), _peeled(path, names, ())
+
+
+def _peeled(path: Path, names: Iterable[str], wrappers: Iterable[str]) -> dict[str, str]:
     """By name in the file: the parameter's own, without what training put before it.
 
     DistributedDataParallel and torch.compile mark what they wrap; other prefixes go where all names have them.
     """
     peeled = {name: name.replace("_orig_mod.", "") for name in names}
     while peeled:
-        some = [p for p in _WRAPPERS if all(name.startswith(p) for name in peeled.values())]
+        some = [p for p in wrappers if all(name.startswith(p) for name in peeled.values())]
         some += [p for p in ("module.",) if any(name.startswith(p) for name in peeled.values())]
         if not some:
             break
@@ -221,4 +271,4 @@ def _peeled(path: Path, names: Iterable[str]) -> dict[str, str]:
 def _training_metadata(loaded: Any) -> dict[str, str]:
     """How the model was built, where a training script of timm noted it, in the form of our own metadata."""
     noted = timm_models.from_training(loaded) if isinstance(loaded, Mapping) else None
-    return {"architecture": noted.name, "model_args": json.dumps(dict(noted.model_args))} if noted else {}
+    return {"architecture": noted.spec, "model_args": json.dumps(dict(noted.model_args))} if noted else {}

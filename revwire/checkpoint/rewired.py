@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revwire import rewiring, surgery, timm_models
+from revwire import libraries, rewiring, surgery
 from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import build, check_fit, common_dtype
 from revwire.checkpoint.metadata import rewiring_metadata, rewiring_of
@@ -14,7 +14,7 @@ from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.coupling import coupling_of
 from revwire.errors import CheckpointError, RevwireError, RewireError
-from revwire.timm_models import Architecture
+from revwire.libraries import Architecture
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,12 +43,13 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     source = read(path)
     plan = rewiring_of(source.metadata, path)
     architecture = resolve(source)
-    model = build(architecture, source.tensors, str(path), common_dtype(source.tensors))
+    tensors = source.tensors_for(architecture.library)
+    model = build(architecture, tensors, str(path), common_dtype(tensors))
     try:
         rewiring.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan)
     except RewireError as error:
         raise CheckpointError(
-            f"{path}: its plan does not fit {architecture} as this version of timm builds it ({error}); "
+            f"{path}: its plan does not fit {architecture} as this version of its library builds it ({error}); "
             f"convert the original checkpoint again"
         ) from error
     model.__dict__[_BUILT_AS] = architecture
@@ -67,8 +68,9 @@ def save(
     Args:
         model: The rewired model; it may be in training, on any device.
         path: The file, named `*.safetensors`.
-        arch: timm's name of the model; when left out, what `load` read or what timm noted on the model.
-        model_args: Arguments of `timm.create_model` that go with `arch`.
+        arch: Name of the model, `resnet50` of timm or `torchvision/resnet50`; when left out, what `load` read, or
+            what the model itself tells.
+        model_args: Arguments that the library builds it with, which go with `arch`.
 
     Raises:
         CheckpointError: The model is not rewired, its architecture can't be told, or the disk refuses.
@@ -94,17 +96,17 @@ def save(
         )
     plan = replace(plan, coupling=coupling.spec)
     if model_args and not arch:
-        raise CheckpointError("model_args= belongs to arch=: pass timm's name of the model with it")
-    architecture = Architecture(arch, dict(model_args or {})) if arch else _known(model)
-    tensors = model.state_dict()
+        raise CheckpointError("model_args= belongs to arch=: pass the name of the model with it")
+    architecture = Architecture.of(arch, model_args) if arch else _known(model)
+    tensors = libraries.library(architecture.library).tensors_of(model)
     if arch:
         check_fit(architecture, tensors, f"this {type(model).__name__}")
     write(path, tensors, rewiring_metadata(architecture, plan))
 
 
 def _known(model: nn.Module) -> Architecture:
-    """How the model was built, as `load` remembers it or timm noted it, and as it was changed since."""
+    """How the model was built, as `load` remembers it or its library tells, and as it was changed since."""
     try:
-        return timm_models.describe(model, model.__dict__.get(_BUILT_AS))
+        return libraries.describe(model, model.__dict__.get(_BUILT_AS))
     except RevwireError as error:
         raise CheckpointError(str(error)) from error

@@ -110,6 +110,26 @@ def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         raise CheckpointError(f"cannot write {out}: {error.strerror or error}{hint}") from error
 
 
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write small files into a folder, each whole or not at all.
+
+    Args:
+        folder: The folder; it is there.
+        texts: Content by file name.
+
+    Raises:
+        CheckpointError: The disk refuses.
+    """
+    try:
+        for name, text in texts.items():
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".revwire-") as temporary:
+                part = Path(temporary) / "part"
+                part.write_text(text, "utf-8")
+                part.replace(folder / name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
 def _full(out: Path, size: int, free: int | None = None) -> str:
     left = "" if free is None else f" and {free / 2**20:.0f} MiB are free"
     return (

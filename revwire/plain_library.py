@@ -1,0 +1,71 @@
+"""What is the same for every library whose models are a name and arguments, and whose files are their state dicts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from revwire.libraries import noise
+from revwire.outline import difference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from revwire.libraries import Architecture
+
+
+def shown(model_args: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the arguments, what a message shows: all."""
+    return dict(model_args)
+
+
+def misfit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
+    """The first few differences between an architecture and a state dict, in words; empty where it fits strictly.
+
+    The architecture is built on the meta device: a wrong one costs no memory, however large.
+
+    Args:
+        architecture: What the tensors should fit.
+        tensors: The state dict.
+    """
+    return difference(architecture.outline(), tensors)
+
+
+def load(architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """An architecture with the weights of a state dict that fits; the global random state stays as it was.
+
+    Tensors are copied one by one, so mapped ones are never in memory twice.
+
+    Args:
+        architecture: What to build.
+        tensors: The state dict.
+        dtype: What the model computes in.
+
+    Returns:
+        The model on the CPU, in train mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = architecture.build()
+    model.to(dtype)
+    model.load_state_dict(tensors, strict=False)  # strictness, and its exceptions, are misfit's
+    return model
+
+
+def sized_inputs(model: nn.Module, size: Sequence[int], batch: int = 2) -> Tensor:
+    """Noise of a size: channels, frames of a video model, height and width."""
+    return noise(model, size, batch)
+
+
+def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """The state dict."""
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    return tensors
+
+
+def companions(architecture: Architecture) -> Mapping[str, str]:
+    """The files that belong beside the weights: none."""
+    del architecture
+    return {}
