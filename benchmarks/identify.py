@@ -27,6 +27,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from benchmarks import record
+from revwire import torchvision_models
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
@@ -36,8 +37,8 @@ NAME = "identify"
 
 
 def one(name: str, up_to: float, folder: Path) -> dict[str, Any] | None:
-    """Save and identify one architecture; None where it has more parameters."""
-    outline = Architecture(name).outline()
+    """Save and identify one architecture, by its short form; None where it has more parameters."""
+    outline = Architecture.of(name).outline()
     if sum(p.numel() for p in outline.parameters()) > up_to:
         return None
     path = folder / "model.safetensors"
@@ -63,16 +64,19 @@ def main(
     millions: Annotated[float, typer.Option(help="Parameters of the largest model.")] = 40,
     family: Annotated[int, typer.Option(help="Architectures of a family, drawn by seed; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    library: Annotated[
+        str, typer.Option(help="timm, or torchvision, of which families are not told.")
+    ] = "timm",
     minutes: Annotated[float, typer.Option(help="Stop after so long, in a random order.")] = 120,
     resume: Annotated[
         bool, typer.Option(help="Go on where the run in the results file was stopped.")
     ] = False,
 ) -> None:
-    """Identify architectures and write benchmarks/results/identify.json."""
+    """Identify architectures and write benchmarks/results/identify.json, or identify-torchvision.json."""
     warnings.simplefilter("ignore")
-    names = _drawn(family, seed)
+    names = _drawn(library, family, seed)
     results, larger, start = [], 0, time.perf_counter()
-    path = record.RESULTS / f"{NAME}.json"
+    path = record.RESULTS / f"{NAME}{'' if library == 'timm' else f'-{library}'}.json"
     if resume:  # with the options of the run before, or the order is another
         before = json.loads(path.read_text())
         results, larger = before["results"], before["larger"]
@@ -84,16 +88,19 @@ def main(
             larger += result is None
             if result:
                 results.append(result)
-    data = {**record.origin(f"benchmarks.{NAME}"), **_summary(results)}
+    data = {**record.origin(f"benchmarks.{NAME}"), **_summary(library, results)}
     data |= {"asked": len(names), "larger": larger, "not_reached": len(names) - larger - len(results)}
     path.write_text(json.dumps({**data, "results": results}, indent=1) + "\n")
     print(json.dumps(data, indent=1))
 
 
-def _drawn(family: int, seed: int) -> list[str]:
+def _drawn(library: str, family: int, seed: int) -> list[str]:
     families = defaultdict(list)
-    for name in timm.list_models():
-        families[timm.models._registry._model_to_module[name]].append(name)  # noqa: SLF001 - it has no public one
+    if library == "torchvision":
+        families[library] = [Architecture(name, {}, library).spec for name in torchvision_models.names()]
+    else:
+        for name in timm.list_models():
+            families[timm.models._registry._model_to_module[name]].append(name)  # noqa: SLF001 - no public one
     chance = random.Random(seed)  # noqa: S311 - a sample
     drawn = [
         name
@@ -104,11 +111,11 @@ def _drawn(family: int, seed: int) -> list[str]:
     return drawn
 
 
-def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(library: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = [result["seconds"] for result in results]
     outcomes = [result["outcome"] for result in results]
     return {
-        "index": {"timm": index("timm").version, "architectures": len(index("timm").architectures)},
+        "index": {library: index(library).version, "architectures": len(index(library).architectures)},
         "identifications": len(results),
         **{outcome: outcomes.count(outcome) for outcome in ("identified", "tie", "unknown", "wrong")},
         "seconds": {"median": statistics.median(seconds), "largest": max(seconds)},

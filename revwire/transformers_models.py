@@ -1,16 +1,12 @@
 """What revwire knows about Hugging Face transformers: a model built from its configuration, its inputs, its files.
 
-The only file with transformers-specific code. An architecture is a class of transformers with the `config.json` as its
-arguments. No code of a checkpoint is run and no network is touched: classes are transformers' own, entries of a
-configuration that would fetch something are refused or left out.
+With `transformers_config` and `transformers_inputs` the only transformers-specific code. An architecture is a class of
+transformers with the `config.json` as its arguments. Files are read as `from_pretrained` reads a state dict.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,26 +15,24 @@ from torch import Tensor, nn
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture
 from revwire.outline import differences, faults, shape_of
+from revwire.transformers_config import (
+    LIBRARY,
+    alone,
+    check_counts,
+    config_class,
+    installed,
+    model_class,
+    parts,
+    refuse,
+    unbuildable,
+    unknown_class,
+)
 from revwire.transformers_inputs import inputs_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-_LIBRARY = "transformers"
-# Entries that name code or kernels to fetch, other files, or how to compute; what they describe is no architecture.
-_LEFT_OUT = {
-    "attn_implementation",
-    "experts_implementation",
-    "distributed_config",
-    "fusion_config",
-    "transformers_weights",
-    "name_or_path",
-    "dtype",
-    "torch_dtype",
-}
-_COUNTS_LAYERS = re.compile(r"(layers?|depths?|blocks?)$")
-_MOST_LABELS = 2**20
 _SLACK = 2**24  # parameters that a file may lack before the model is not even built to tell which
 
 
@@ -48,12 +42,12 @@ def exists(name: str) -> bool:
     Raises:
         RevwireError: transformers is not installed.
     """
-    return _class(name) is not None
+    return model_class(name) is not None
 
 
 def unknown_name(name: str) -> str:
     """The words for a class transformers does not have."""
-    return f"transformers {_transformers().__version__} has no model class {name[:100]!r}; a newer version may have it"
+    return unknown_class(name)
 
 
 def shown(model_args: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,16 +77,16 @@ def from_config(config: Mapping[str, Any]) -> Architecture | None:
         raise RevwireError(f"model_type must be a string, not {str(kind)[:50]}")
     if named is not None and not (isinstance(named, list) and named and isinstance(named[0], str)):
         raise RevwireError(f"architectures must be a list of class names, not {str(named)[:50]}")
-    _refuse(config)
-    own = _config_class(kind)
+    refuse(config)
+    own = config_class(kind)
     name = named[0] if named else None
     if name is None:
-        base = _transformers().AutoModel._model_mapping.get(own, None)  # noqa: SLF001 - it has no public one
+        base = installed().AutoModel._model_mapping.get(own, None)  # noqa: SLF001 - it has no public one
         base = base[0] if isinstance(base, tuple) else base
         if base is None:
             raise RevwireError(f"it names no architectures, and model_type {kind!r} has no model of its own")
         name = base.__name__
-    return Architecture(name, dict(config), _LIBRARY)
+    return Architecture(name, dict(config), LIBRARY)
 
 
 def create(name: str, model_args: Mapping[str, Any]) -> nn.Module:
@@ -108,12 +102,12 @@ def create(name: str, model_args: Mapping[str, Any]) -> nn.Module:
     Raises:
         RevwireError: transformers has no such class, or it refuses the configuration.
     """
-    kind, configuration = _parts(name, model_args)
-    with _alone():
+    kind, configuration = parts(name, model_args)
+    with alone():
         try:
             model: nn.Module = kind._from_config(configuration)  # noqa: SLF001 - what AutoModel.from_config calls
         except Exception as error:  # a configuration of other types fails in every way
-            raise _unbuildable(name, error) from error
+            raise unbuildable(name, error) from error
     return model.train()
 
 
@@ -129,14 +123,20 @@ def misfit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         RevwireError: The model cannot be built.
     """
-    _check_counts(architecture.model_args, len(tensors))
-    outline = architecture.outline()
+    check_counts(architecture.model_args, len(tensors))
+    with torch.device(
+        "meta"
+    ):  # where from_pretrained builds it too: what can't be built there is not built at all
+        outline = create(architecture.name, architecture.model_args)
     wanted = sum(parameter.numel() for parameter in outline.parameters())
     there = sum(tensor.numel() for tensor in tensors.values())
     if wanted > 2 * there + _SLACK:  # what is missing would be allocated, to find out its name
         return f"its configuration describes {wanted} numbers, and {there} are there"
-    placeholders = {
-        name: torch.empty(1, dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors.items()
+    placeholders = {  # one number each, of the dtype of the model: another would be converted, and take memory
+        name: torch.empty(1, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype).expand(
+            tensor.shape
+        )
+        for name, tensor in tensors.items()
     }
     model, info = _pretrained(architecture, placeholders, torch.float32, ignore_mismatched_sizes=True)
     state = model.state_dict()
@@ -216,7 +216,7 @@ def describe(model: nn.Module, known: Architecture | None = None) -> Architectur
     configuration: Any = model.config
     kind = _own_class(model)
     config = json.loads(configuration.to_json_string(use_diff=True))
-    found = Architecture(kind.__name__, {**config, "architectures": [kind.__name__]}, _LIBRARY)
+    found = Architecture(kind.__name__, {**config, "architectures": [kind.__name__]}, LIBRARY)
     if fault := next(differences(model, found.outline()), None):
         raise RevwireError(
             f"cannot tell how this {kind.__name__} was built: its config builds another model, {fault}; "
@@ -230,7 +230,7 @@ def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    with _alone():
+    with alone():
         state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
         return cast("Mapping[str, Tensor]", revert_weight_conversion(model, state))
 
@@ -250,8 +250,8 @@ def _pretrained(
     architecture: Architecture, tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model as `from_pretrained` makes it of a state dict, and what it says about the names."""
-    kind, configuration = _parts(architecture.name, architecture.model_args)
-    with _alone(), torch.random.fork_rng(devices=[]):
+    kind, configuration = parts(architecture.name, architecture.model_args)
+    with alone(), torch.random.fork_rng(devices=[]):
         try:
             model, info = kind.from_pretrained(
                 None,
@@ -264,129 +264,14 @@ def _pretrained(
                 **options,
             )
         except Exception as error:
-            raise _unbuildable(architecture.name, error) from error
+            raise unbuildable(architecture.name, error) from error
     return model, info
-
-
-def _unbuildable(name: str, error: Exception) -> RevwireError:
-    return RevwireError(
-        f"transformers cannot build {_LIBRARY}/{name} as its config.json says: {type(error).__name__}: "
-        f"{str(error)[:300]}"
-    )
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise RevwireError(
-            "this is a checkpoint of Hugging Face transformers, which is not installed: "
-            "pip install 'revwire[transformers]'"
-        ) from error
-    return transformers
-
-
-def _class(name: str) -> Any | None:
-    """The model class of a name, of transformers' own."""
-    transformers = _transformers()
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _own_class(model: nn.Module) -> Any:
     """The class of transformers that a model is of, which rewiring puts its own before."""
-    return next(cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == _LIBRARY)
-
-
-def _config_class(kind: str) -> Any:
-    transformers = _transformers()
-    if kind in transformers.CONFIG_MAPPING:
-        return transformers.CONFIG_MAPPING[kind]
-    near = difflib.get_close_matches(kind, list(transformers.CONFIG_MAPPING), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "a newer version may have it"
-    raise RevwireError(f"transformers {transformers.__version__} has no model_type {kind[:100]!r}; {hint}")
-
-
-def _parts(name: str, model_args: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The class of a name and its configuration, made without what would fetch anything."""
-    kind = _class(name)
-    if kind is None:
-        raise RevwireError(unknown_name(name))
-    model_type = model_args.get("model_type")
-    if not isinstance(model_type, str):
-        raise RevwireError(f"model_args of {_LIBRARY}/{name} must be a config.json, with its model_type")
-    _refuse(model_args)
-    own = _config_class(model_type)
-    wanted = kind.config_class
-    if wanted is None or not (issubclass(own, wanted) or issubclass(wanted, own)):
-        raise RevwireError(f"{name} is no model of model_type {model_type!r}")
-    with _alone():
-        try:
-            return kind, own.from_dict(_without(dict(model_args)))
-        except Exception as error:  # validation, and whatever wrong types lead to
-            raise _unbuildable(name, error) from error
-
-
-def _refuse(config: Mapping[str, Any]) -> None:
-    """What no model is built from: code in the checkpoint, and weights that are no plain numbers."""
-    if "auto_map" in config:
-        raise RevwireError(
-            f"it names code of its own to run (auto_map: {str(config['auto_map'])[:100]}), which is never done; load "
-            f"it with transformers and call revwire.rewire, or take auto_map out if the class is transformers' own"
-        )
-    if config.get("quantization_config") is not None:
-        raise RevwireError("its weights are quantised: dequantise them first, or load it with transformers")
-
-
-def _without(config: Any) -> Any:
-    """A configuration without the entries that are no part of an architecture, at any depth."""
-    if isinstance(config, dict):
-        return {
-            key: False if key == "use_pretrained_backbone" else _without(value)
-            for key, value in config.items()
-            if not key.startswith("_") and key not in _LEFT_OUT
-        }
-    return [_without(each) for each in config] if isinstance(config, list) else config
-
-
-def _check_counts(config: Any, tensors: int) -> None:
-    """Refuse numbers of layers and labels that would be built one by one, and can't be in the file.
-
-    Raises:
-        RevwireError: There are more layers than tensors, or more than a million labels.
-    """
-    if isinstance(config, dict):
-        for key, value in config.items():
-            counts = value if isinstance(value, list) else [value]
-            most = max((n for n in counts if isinstance(n, int)), default=0)
-            if _COUNTS_LAYERS.search(key) and most > tensors:
-                raise RevwireError(f"its config.json says {key}: {most}, and the file has {tensors} tensors")
-            if key == "num_labels" and most > _MOST_LABELS:
-                raise RevwireError(
-                    f"its config.json says {key}: {most}, and at most {_MOST_LABELS} are built"
-                )
-            _check_counts(value, tensors)
+    return next(cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == LIBRARY)
 
 
 def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """No network, no progress bars and no reports on stderr, for the length of a block."""
-    import huggingface_hub
-
-    logging = _transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = offline
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
