@@ -27,11 +27,10 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from benchmarks import record
-from revwire import torchvision_models
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
-from revwire.libraries import Architecture
+from revwire.libraries import Architecture, torchvision_models
 
 NAME = "identify"
 

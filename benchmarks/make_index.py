@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING
 import timm
 from rich.progress import track
 
-from revwire import torchvision_models
 from revwire.checkpoint.fingerprint import index_name, packed
 from revwire.errors import RevwireError
-from revwire.libraries import INDEXED, Architecture, variants
+from revwire.libraries import INDEXED, Architecture, torchvision_models, variants
 
 if TYPE_CHECKING:
-    from revwire.outline import Shapes
+    from revwire.libraries.outline import Shapes
 
 
 def main() -> None:

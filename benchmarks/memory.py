@@ -30,9 +30,9 @@ from benchmarks.report import METHOD, document, progress_bar, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
 from benchmarks.strategies import STRATEGIES, strategies_for, worth_measuring
 from revwire.errors import RevwireError
+from revwire.libraries.timm_models import create
 from revwire.memory.estimate import estimate
 from revwire.memory.strategies import STRATEGIES as ESTIMATED
-from revwire.timm_models import create
 
 __all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]
 

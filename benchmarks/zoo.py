@@ -20,9 +20,8 @@ import torchvision
 from torch import nn
 
 from benchmarks.zoo_transformers import ZOO
-from revwire import timm_models
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture
+from revwire.libraries import Architecture, timm_models
 
 Build = Callable[[], tuple[nn.Module, Any]]
 """Makes a model and what it is called with."""

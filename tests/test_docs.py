@@ -23,9 +23,10 @@ from torch.distributed.run import get_args_parser
 
 from benchmarks import finetune, record
 from examples.re2tal.config import read_config
-from revwire import cli, timm_models
+from revwire import cli
 from revwire.cli_values import parse_arguments, parse_size
 from revwire.coupling import coupling_of
+from revwire.libraries import timm_models
 from revwire.memory.estimate import size_of
 from revwire.memory.strategies import STRATEGIES
 

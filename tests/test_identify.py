@@ -19,7 +19,7 @@ from revwire.checkpoint.reader import read
 from revwire.cli import app
 from revwire.errors import CheckpointError
 from revwire.libraries import Architecture
-from revwire.outline import settings, shapes_of
+from revwire.libraries.outline import settings, shapes_of
 
 SMALL = "test_vit"  # whose tensors no other has
 

@@ -7,9 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from revwire import timm_models
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture
+from revwire.libraries import Architecture, timm_models
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 

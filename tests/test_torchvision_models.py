@@ -8,13 +8,13 @@ import torchvision
 from safetensors.torch import load_file
 
 import revwire
-from revwire import checkpoint, libraries, torchvision_models
+from revwire import checkpoint, libraries
 from revwire.checkpoint import conversion
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.sameness import same_operations
 from revwire.errors import CheckpointError, RevwireError
-from revwire.libraries import Architecture
+from revwire.libraries import Architecture, torchvision_models
 
 
 def outline(name, **args):

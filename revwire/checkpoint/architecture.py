@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from revwire import timm_models, transformers_models
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import arguments_of, identify, near
 from revwire.checkpoint.metadata import parse_json
 from revwire.errors import CheckpointError, RevwireError
-from revwire.libraries import INDEXED, Architecture
+from revwire.libraries import INDEXED, Architecture, timm_models, transformers_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from revwire import timm_models
 from revwire.checkpoint.folder import file_in, is_index, shards
 from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
+from revwire.libraries import timm_models
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # Where training scripts put the weights, averaged ones first, and what goes before every name.

@@ -15,8 +15,8 @@ import torch
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture, noise
-from revwire.outline import differences
-from revwire.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
+from revwire.libraries.outline import differences
+from revwire.libraries.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

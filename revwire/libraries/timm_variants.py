@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from revwire import timm_models
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture
-from revwire.outline import counted, shapes_of
+from revwire.libraries import Architecture, timm_models
+from revwire.libraries.outline import counted, shapes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-    from revwire.outline import Shapes
+    from revwire.libraries.outline import Shapes
 
 _CLASSES = 7  # of the changed build where the architecture has none; else it gets none
 # What a constructor may refuse, the likeliest first.

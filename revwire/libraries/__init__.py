@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from revwire.outline import Shapes
+    from revwire.libraries.outline import Shapes
 
 TIMM = "timm"  # whose names need no library before them
 NAMES = (TIMM, "torchvision", "transformers")
@@ -183,15 +183,15 @@ class Variants(Protocol):
 def library(name: str) -> Library:
     """The module of a library, of those in `NAMES`."""
     if name == "torchvision":
-        from revwire import torchvision_models
+        from revwire.libraries import torchvision_models
 
         return torchvision_models
     if name == "transformers":
-        from revwire import transformers_models
+        from revwire.libraries import transformers_models
 
         return transformers_models
     if name == TIMM:
-        from revwire import timm_models
+        from revwire.libraries import timm_models
 
         return timm_models
     raise RevwireError(f"there is no library {name!r}; it is one of {', '.join(NAMES)}")
@@ -200,10 +200,10 @@ def library(name: str) -> Library:
 def variants(architecture: Architecture) -> Variants:
     """What can be otherwise about an architecture of one of the `INDEXED` libraries."""
     if architecture.library == TIMM:
-        from revwire import timm_variants
+        from revwire.libraries import timm_variants
 
         return timm_variants.Variants(architecture.name)
-    from revwire import torchvision_models
+    from revwire.libraries import torchvision_models
 
     return torchvision_models.Variants(architecture.name)
 

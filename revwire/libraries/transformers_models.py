@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture
-from revwire.outline import differences, faults, shape_of
-from revwire.transformers_config import (
+from revwire.libraries.outline import differences, faults, shape_of
+from revwire.libraries.transformers_config import (
     LIBRARY,
     alone,
     check_counts,
@@ -27,7 +27,7 @@ from revwire.transformers_config import (
     unbuildable,
     unknown_class,
 )
-from revwire.transformers_inputs import inputs_for
+from revwire.libraries.transformers_inputs import inputs_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
