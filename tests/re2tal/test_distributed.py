@@ -1,8 +1,9 @@
-"""Two processes, started by torchrun, over gloo."""
+"""Two processes, started by torchrun, over gloo: of one machine, and of two."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,8 +29,9 @@ def data(tmp_path_factory):
     return tiny.data(tmp_path_factory.mktemp("tal"), 8, 3)  # shares of two videos and of one
 
 
-def start(path):
-    run = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "examples.re2tal.train"]
+def start(path, *options):
+    options = options or ("--standalone", "--nproc-per-node", "2")
+    run = ["torch.distributed.run", *options, "-m", "examples.re2tal.train"]
     with path.with_suffix(".err").open("ab") as errors:
         return subprocess.Popen(
             [sys.executable, "-m", *run, path, "--device", "cpu"],
@@ -77,3 +79,24 @@ def test_a_killed_run_goes_on_and_one_process_finds_the_same(data, tmp_path, par
     for key, rows in written.items():
         assert np.allclose([row["score"] for row in rows], found[key].scores, atol=1e-5)
         assert np.allclose([row["segment"] for row in rows], found[key].segments, atol=1e-3)
+
+
+def test_two_machines_shard_one_model(data, tmp_path):
+    """The launch of docs/distributed.md, both machines on loopback; the losses are those of one machine."""
+    paths = {}
+    for name in ("one", "two"):
+        own = tiny.settings(data, tmp_path / name, parallel="fsdp2", optim={"epochs": 2})
+        paths[name] = tmp_path / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(own))
+    assert start(paths["one"]).wait(timeout=500) == 0
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        endpoint = f"localhost:{listening.getsockname()[1]}"
+    where = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "tal")
+    machines = [
+        start(paths["two"], *where, "--rdzv-endpoint", endpoint, "--node-rank", rank) for rank in "01"
+    ]
+    assert [machine.wait(timeout=500) for machine in machines] == [0, 0], (
+        paths["two"].with_suffix(".err").read_text()[-3000:]
+    )
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
