@@ -32,6 +32,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "TreeSpec",
+    "active_fake_mode",
     "at_end_of_backward",
     "backward_pass",
     "is_traceable_wrapper_subclass",
@@ -46,6 +47,11 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
 ]
+
+
+def active_fake_mode() -> FakeTensorMode | None:
+    """The fake mode that operations run in now; entering another one hides it."""
+    return cast("FakeTensorMode | None", torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))
 
 
 @contextmanager

@@ -74,6 +74,19 @@ def test_estimates_are_what_the_step_takes(name):
         assert not found[strategy].failure
 
 
+def test_a_forward_that_is_traced_in_the_estimated_step_takes_what_it_takes():
+    """transformers' layers read `training`, so the first call in train mode is traced: on fake tensors, for nothing."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 256}
+    config = transformers.ViTConfig(image_size=64, **sizes)
+    model, x = transformers.ViTModel(config, add_pooling_layer=False).train(), torch.randn(16, 3, 64, 64)
+    found = revwire.estimate(model, x, strategies=["plain", "rewired"])
+    rewired = treated(copy.deepcopy(model), x, "rewired")
+    rewired(x)
+    assert found["rewired"].peak == pytest.approx(peak_for_real(rewired, x, torch.optim.AdamW), rel=0.03)
+    assert found["rewired"].activations < 0.3 * found["plain"].activations
+
+
 def test_nothing_of_the_model_is_touched_and_the_meta_device_says_the_same():
     model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224")
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import FakeTensor, TorchDispatchMode, is_traceable_wrapper_subclass
+from revwire._torch import FakeTensor, TorchDispatchMode, active_fake_mode, is_traceable_wrapper_subclass
 from revwire.errors import RevwireError
 from revwire.structure import tree_leaves
 
@@ -47,8 +47,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     A storage counts once however many views look at it, from the operator that first returns it until nothing
     refers to it any more. A storage that exists before the meter is entered is never counted, nor are views
     of it. A storage that was resized counts with its new size from the next operator that touches it, or the
-    next reading of `live`. Inside `FakeTensorMode` the storages are those the real tensors would have. Sparse
-    tensors are not counted.
+    next reading of `live`. Made inside `FakeTensorMode`, the meter counts the storages that the real tensors of
+    that mode would have, and none of another mode that is entered meanwhile. Sparse tensors are not counted.
 
     Attributes:
         peak: Highest number of live bytes after any operator since the meter was made, or since `reset_peak`.
@@ -65,6 +65,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live = 0
+        self._mode = active_fake_mode()
         self._counted: dict[int, _Counted] = {}
 
     @property
@@ -93,7 +94,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two in three operations on fake tensors ask for nothing else
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":
+        # a rewired forward that is called in a new way is traced then and there, in a fake mode of its own
+        if func.namespace == "prim" or (self._mode is not None and active_fake_mode() is not self._mode):
             return out
         # torch.tensor(...) hands its fresh tensor to this one operator: it has an argument, yet nothing older
         fresh = func is torch.ops.aten.lift_fresh.default
