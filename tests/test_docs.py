@@ -8,9 +8,12 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,8 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
-from benchmarks import finetune, record
+import revwire
+from benchmarks import finetune, record, sizing
 from examples.re2tal.config import read_config
 from revwire import cli
 from revwire.cli_values import parse_arguments, parse_size
@@ -321,3 +325,40 @@ def test_the_accuracies_of_the_couplings_are_those_of_the_committed_runs():
         assert any(line.endswith(f"| {figures} |") for line in lines), way
     best = max(finetune.mean_and_spread(by_model[0][w], 10)[0] for w in ways[2:5])
     assert best >= finetune.mean_and_spread(by_model[0]["plain"], 10)[0] - 0.5
+
+
+def test_the_sizes_of_large_models_are_those_of_the_committed_run():
+    document = json.loads(sizing.PATH.read_text("utf-8"))
+    text = (DOCS / "distributed.md").read_text("utf-8")
+    for lines in (sizing.table(document["rows"]), sizing.checked_table(document["checked"]["rows"])):
+        assert "\n".join(["", *lines, ""]) in text
+    assert all(1 <= row["predicted"] / row["measured"] < 1.3 for row in document["checked"]["rows"])
+    # and the run is what would be found today
+    (row,) = (
+        r for r in document["rows"] if (r["model_name"], r["way"]) == ("vit_large_patch16_224", "rewired")
+    )
+    assert sizing.sized("vit_large_patch16_224", row["batch"], "rewired") == row
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = re.findall(r"^::: revwire\.(\w+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(set(revwire.__all__) - {"__version__"})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_site_builds_and_every_page_is_in_its_menu(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'not included in the "nav"' not in done.stderr
+    for page in [path.stem for path in DOCS.glob("*.md")] + ["cli", "changelog", "contributing"]:
+        assert (tmp_path / "site" / ("" if page == "index" else page) / "index.html").is_file()
+    loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?://[^\" >]+)", _all_html(tmp_path))
+    assert [url for url in loaded if "fonts" in url or "cdn" in url] == []
+
+
+def _all_html(folder):
+    return "\n".join(path.read_text("utf-8") for path in folder.rglob("*.html"))
