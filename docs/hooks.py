@@ -59,6 +59,9 @@ def command_line() -> str:
     command = typer.main.get_command(app)
     context = command.make_context("revwire", ["--help"], resilient_parsing=True)
     text = get_docs_for_click(obj=command, ctx=context, name="revwire")
+    for name in command.list_commands(context):  # the list of commands cuts their descriptions short
+        described = command.get_command(context, name).get_short_help_str(limit=200)
+        text = re.sub(rf"^\* `{name}`: .*$", f"* `{name}`: {described}", text, flags=re.MULTILINE)
     # an example belongs into a box of its own
     return re.sub(r"\n\s*Example: (.+)\n", lambda m: _examples(m[1]), text + "\n")
 
