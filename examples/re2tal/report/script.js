@@ -132,12 +132,14 @@ function timeline() {
   parts.push(drawn("rect", { class: "kind0", x: left, y: top + 24, width: 12, height: 12 }));
   parts.push(drawn("text", { class: "faint", x: left + 18, y: top + 34 }, "annotated"));
   parts.push(drawn("rect", { class: "kind4", x: left + 90, y: top + 24, width: 12, height: 12 }));
-  parts.push(drawn("text", { class: "faint", x: left + 108, y: top + 34 }, "detected, the surer the darker"));
+  parts.push(drawn("text", { class: "faint", x: left + 108, y: top + 34 }, "detected, the surer the stronger"));
   picture(byId("timeline"), left + width, top + 40, parts);
 }
 
 function loss() {
-  const most = Math.max(...data.history.map(([, value]) => value));
+  const largest = Math.max(...data.history.map(([, value]) => value));
+  const unit = 10 ** Math.floor(Math.log10(largest)) / 2;
+  const most = unit * Math.ceil(largest / unit);
   const steps = data.history[data.history.length - 1][0];
   const at = ([step, value]) => `${40 + (440 * step) / steps},${10 + 160 * (1 - value / most)}`;
   const parts = axes(40, 10, 440, 160, (t) => Math.round(steps * t), (t) => (most * t).toFixed(2));
