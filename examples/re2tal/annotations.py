@@ -104,7 +104,7 @@ class Annotations:
         """
         found = tuple(video for video in self.videos.values() if video.subset == name)
         if not found:
-            there = ", ".join(sorted({repr(video.subset) for video in self.videos.values()}))
+            there = ", ".join(sorted({repr(video.subset) for video in self.videos.values()})) or "no videos"
             raise AnnotationError(f"no video of the subset {name!r}; the file has {there}")
         return found
 

@@ -253,7 +253,7 @@ def found_files(videos: Sequence[AnnotatedVideo], folder: Path) -> tuple[Mapping
         Re2TALError: there is no such folder.
     """
     if not folder.is_dir():
-        raise Re2TALError(f"{folder} is no folder of videos")
+        raise Re2TALError(f"{folder} is no folder of videos; give data.videos=FOLDER")
     there = {path.name: path for path in folder.iterdir()}
     names = (
         (video.id, f"{prefix}{video.id}{suffix}")

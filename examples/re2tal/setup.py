@@ -10,6 +10,7 @@ from examples.re2tal.annotations import read_annotations
 from examples.re2tal.backbones import Backbone, build_backbone
 from examples.re2tal.dataset import Clips
 from examples.re2tal.detector import Detector
+from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads import Head, build_head
 from examples.re2tal.memory import lay_out
 
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
 
 
 def annotations_of(config: Config) -> Annotations:
-    """The data set."""
+    """The data set.
+
+    Raises:
+        Re2TALError: its file is not there, or not as it must be.
+    """
+    if not config.data.annotations.is_file():
+        raise Re2TALError(
+            f"there is no file {config.data.annotations}; give data.annotations=FILE and data.videos=FOLDER, or make "
+            "the synthetic set: python -m examples.re2tal.synth data/synthetic"
+        )
     return read_annotations(config.data.annotations, classes=config.data.classes, blocked=config.data.blocked)
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from examples.re2tal.metrics import Evaluation
     from examples.re2tal.postprocess import Detections
 
+_SETTINGS = "config.yaml"
+
 # what may be another when a run goes on: it changes where and how fast it runs, not what it computes
 _FREE = ("output", "loader", "checkpoint_every", "keep")
 
@@ -72,13 +74,14 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, head: Callable[[int, int], Any] | None = None) -> None:
         self.config, self.world = config, world
-        _same_run(config, world)
+        state = checkpoints.latest(self.folder)
+        if state is not None:
+            _same_run(config)
         self.annotations = annotations_of(config)
         self.clips = clips_of(config, self.annotations, training=True)
         # what evaluation lacks is told now, not after hours of training
         self.held_out = clips_of(config, self.annotations, training=False)
         video_scores(config.evaluation, self.annotations.classes, self.held_out)
-        state = checkpoints.latest(self.folder)
         self.detector = detector_of(config, len(self.annotations.classes), weights=state is None, head=head)
         if state is None and config.start_from is not None:
             self.detector.load_state_dict(checkpoints.trained_weights(config.start_from))
@@ -100,6 +103,10 @@ class Trainer:
         self.skipped: dict[str, str] = {}
         if state is not None:
             self._restore(state)
+        if world.is_first:
+            config.output.mkdir(parents=True, exist_ok=True)
+            settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            checkpoints.write_whole(config.output / _SETTINGS, settings)
 
     @property
     def folder(self) -> Path:
@@ -256,22 +263,16 @@ class Trainer:
         self.step, self.skipped = state["step"], state["skipped"]
 
 
-def _same_run(config: Config, world: World) -> None:
-    """Write the settings down, or see that they are those of the run that is there."""
-    path = config.output / "config.yaml"
-    settings = config.model_dump(mode="json")
-    if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        differing = sorted(k for k in settings if k not in _FREE and settings[k] != before.get(k))
-        if differing:
-            raise Re2TALError(
-                f"{config.output} holds a run of other settings ({', '.join(differing)}); give another output=FOLDER, "
-                "or remove it"
-            )
-    world.wait()
-    if world.is_first:
-        config.output.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_whole(path, yaml.safe_dump(settings, sort_keys=False))
+def _same_run(config: Config) -> None:
+    """See that the settings are those of the run whose checkpoints are there."""
+    path, settings = config.output / _SETTINGS, config.model_dump(mode="json")
+    before = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
+    differing = sorted(k for k in settings if k not in _FREE and settings[k] != before.get(k))
+    if differing:
+        raise Re2TALError(
+            f"{config.output} holds a run of other settings ({', '.join(differing)}); give another output=FOLDER, "
+            "or remove it"
+        )
 
 
 def _told(skipped: Mapping[str, str]) -> str:

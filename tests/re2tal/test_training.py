@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,51 @@ def test_another_experiment_is_not_taken_for_the_same(data, tmp_path):
     with pytest.raises(Re2TALError, match=r"a run of other settings \(optim\)"):
         Trainer(tiny.config(data, tmp_path, optim={"epochs": 3}), ALONE)
     Trainer(tiny.config(data, tmp_path, optim={"epochs": 2}, loader={"workers": 1}), ALONE)
+
+
+def test_a_run_that_never_began_does_not_stand_in_the_way(data, tmp_path):
+    wrong = tiny.settings(data, tmp_path / "run")
+    wrong["data"]["annotations"] = str(tmp_path / "none.json")
+    with pytest.raises(Re2TALError, match=r"there is no file .*none\.json; give data\.annotations=FILE"):
+        Trainer(Config.model_validate(wrong), ALONE)
+    wrong["data"] = {**wrong["data"], "annotations": str(data / "annotations.json"), "evaluate": "test"}
+    with pytest.raises(
+        Re2TALError, match="no video of the subset 'test'"
+    ):  # told before training, not after it
+        Trainer(Config.model_validate(wrong), ALONE)
+    Trainer(tiny.config(data, tmp_path / "run"), ALONE)
+
+
+def test_a_step_without_pictures_or_with_a_loss_that_is_no_number_says_so(data, tmp_path):
+    trainer = Trainer(tiny.config(data, tmp_path / "one"), ALONE)
+    with torch.no_grad():
+        trainer.detector.head.classify.last.conv.bias.fill_(float("nan"))
+    with pytest.raises(Re2TALError, match="the loss of step 1 is nan; lower"):
+        trainer._step(iter(trainer._loader()))
+    folder = tiny.data(tmp_path / "torn", 2, 1)
+    for path in (folder / "videos").glob("training*"):
+        path.write_bytes(path.read_bytes()[:3000])
+    trainer = Trainer(tiny.config(folder, tmp_path / "two"), ALONE)
+    with pytest.raises(Re2TALError, match=r"no training video can be read: .*training_0_000\d\.mp4"):
+        trainer._step(iter(trainer._loader()))
+
+
+def test_half_precision_trains_and_its_log_is_json(data, tmp_path):
+    """The scaler begins at 65536, which overflows: those steps are skipped, and logged without a norm."""
+    config = tiny.config(
+        data, tmp_path, optim={"amp": "fp16", "epochs": 2}, backbone={"options": {"width": 4}}
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        train.run(config, "cpu")
+
+    def strict(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = [
+        json.loads(line, parse_constant=strict) for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert all(np.isfinite(line["loss"]) for line in lines)
 
 
 def test_unreadable_videos_are_counted_and_never_stop_a_run(data, tmp_path):
