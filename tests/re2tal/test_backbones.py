@@ -172,6 +172,42 @@ def test_mvit_takes_pieces_of_sixteen_pictures():
     assert torch.allclose(features, torch.cat(halves, dim=2), atol=1e-4)
 
 
+def two_streams(x, branches):
+    """Re2TAL's rule for the blocks of a stage: the mean of both streams goes on."""
+    before, now = x, x
+    for branch in branches:
+        before, now = now, before + branch(now)
+    return (before + now) / 2
+
+
+def same_function_and_gradients(rewired, literal, original, clip):
+    """`rewired`, a copy of `original`, against `literal`, which runs the blocks of `original` by plain autograd."""
+    outputs = rewired(clip), literal(clip)
+    assert torch.allclose(*outputs, atol=1e-9)
+    weights = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weights).sum().backward()
+    own = dict(rewired.named_parameters())
+    for name, parameter in original.named_parameters():
+        assert torch.allclose(own[name].grad, parameter.grad, rtol=1e-7, atol=1e-9), name
+
+
+def test_stages_are_chains_that_end_in_the_mean_of_their_streams():
+    backbone, clip, _ = small("convnet")
+    backbone, clip = backbone.double().eval(), clip.double()
+
+    def literal(clip):
+        x = backbone.stem(clip - clip.mean(dim=2, keepdim=True))
+        for stage in backbone.stages:
+            blocks = [block for block in stage if hasattr(block, "branch")]
+            # a stage of one block stays as it is: there is nothing to reconstruct
+            x = two_streams(x, [block.branch for block in blocks]) if len(blocks) > 1 else stage(x)
+        return backbone.norm(x).mean(dim=(3, 4))
+
+    rewired = lay_out(copy.deepcopy(backbone), clip, strategy="rewired").eval()
+    same_function_and_gradients(rewired, literal, backbone, clip)
+
+
 def test_slowfast_is_rewired_between_its_laterals():
     pytest.importorskip("pytorchvideo.models.slowfast", reason="pytorchvideo is an optional source")
     backbone = build_backbone("slowfast_r50").eval()
@@ -180,3 +216,24 @@ def test_slowfast_is_rewired_between_its_laterals():
     plan = revwire.plan(backbone, (clip,))
     # two pathways of four stages, whose first blocks change the shape
     assert [len(chain.steps) for chain in plan.chains] == [2, 2, 3, 3, 5, 5, 2, 2]
+
+    def stage(blocks, x):
+        # its ReLU after the sum moves into the branch; the first block, which changes the shape, stays as it is
+        rest = [lambda y, block=block: torch.relu(block.branch2(y)) for block in blocks[1:]]
+        return two_streams(blocks[0](x), rest)
+
+    def literal(clip):
+        paths = backbone.blocks[0]([clip[:, :, ::4], clip])
+        for level in backbone.blocks[1:]:
+            chains = level.multipathway_blocks
+            paths = [stage(chain.res_blocks, x) for chain, x in zip(chains, paths, strict=True)]
+            paths = paths if level.multipathway_fusion is None else level.multipathway_fusion(paths)
+        slow, fast = (path.mean(dim=(3, 4)) for path in paths)
+        return torch.cat([slow, torch.nn.functional.avg_pool1d(fast, 4)], dim=1)
+
+    backbone, clip = backbone.double(), clip.double()
+    for parameter in backbone.parameters():
+        if parameter.ndim == 1:  # pytorchvideo begins with branches of zero
+            torch.nn.init.uniform_(parameter, 0.5, 1.0)
+    rewired = lay_out(copy.deepcopy(backbone), clip, strategy="rewired").eval()
+    same_function_and_gradients(rewired, literal, backbone, clip)
