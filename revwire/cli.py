@@ -177,6 +177,10 @@ def plan(
         from revwire import rewiring
         from revwire.cli_models import inputs_of, open_model
 
+        # said before the work, not after
+        if html is not None and (html.is_dir() or not html.parent.is_dir()):
+            fault = "it is a folder" if html.is_dir() else "no such folder"
+            raise RevwireError(f"cannot write {html}: {fault}")
         network, own, grid = open_model(model, arch, arguments)
         made = rewiring.plan(
             network,

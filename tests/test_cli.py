@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import revwire
-from revwire import checkpoint, doctor, verification
+from revwire import checkpoint, doctor, rewiring, verification
 from revwire.checkpoint import conversion
 from revwire.cli import app
 from revwire.report import Check, Report
@@ -176,6 +176,26 @@ def test_errors_are_one_line_and_exit_code_1(weights, tmp_path):
     assert "does not fit resnet18" in fail("convert", weights, "--arch", "resnet18")
     assert "is the input itself" in fail("convert", weights, "-o", weights)
     assert "unknown coupling 'other'" in fail("plan", weights, "--coupling", "other")
+    assert "'fast' is not one of plain, checkpoint" in fail("estimate", NAME, "-s", "fast")
+    assert "'gpu' is no device that torch knows" in fail("estimate", NAME, "--device", "gpu")
+    assert "is a folder" in fail("plan", ".")
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewiring, "plan", pytest.fail)
+    assert f"cannot write {tmp_path}: it is a folder" in fail("plan", NAME, "--html", tmp_path)
+    assert "no such folder" in fail("plan", NAME, "--html", tmp_path / "no" / "page.html")
+
+
+def test_a_model_is_found_beside_a_folder_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / NAME).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "4 steps in 1 chain" in succeed("plan", NAME, *ARGUMENTS).stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_a_device_that_is_not_here_is_told():
+    assert "there is no cuda device here" in fail("estimate", NAME, *ARGUMENTS, "--device", "cuda")
 
 
 @pytest.mark.parametrize(

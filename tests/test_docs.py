@@ -30,7 +30,9 @@ from examples.re2tal.config import read_config
 from revwire import cli
 from revwire.cli_values import parse_arguments, parse_size
 from revwire.coupling import coupling_of
-from revwire.libraries import timm_models
+from revwire.checkpoint.hub import is_hub
+from revwire.cli_models import _FILE_SUFFIXES
+from revwire.libraries import Architecture
 from revwire.memory.estimate import size_of
 from revwire.memory.strategies import STRATEGIES
 
@@ -250,9 +252,9 @@ def parse(command, words, *, whole, **of_context):
         return  # in a text a command may be named without its arguments
     told = command.make_context(command.name, words, **of_context).params
     if (model := told.get("model")) and isinstance(model, str) and not PLACEHOLDER.fullmatch(model):
-        assert Path(model).suffix in cli._FILE_SUFFIXES or timm_models.exists(model), model
+        assert Path(model).suffix in _FILE_SUFFIXES or is_hub(model) or Architecture.of(model).exists(), model
     if told.get("arch"):
-        assert timm_models.exists(told["arch"])
+        assert Architecture.of(told["arch"]).exists()
     if told.get("coupling"):
         coupling_of(told["coupling"])
     if told.get("limit"):

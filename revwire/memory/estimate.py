@@ -174,7 +174,10 @@ def estimate(
     named = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
     args, kwargs = call_arguments(model, example_inputs)
     bytes_ = None if limit is None else size_of(limit)
-    place = torch.device(device) if device is not None else _device_of(model)
+    for strategy in named.values():
+        if isinstance(strategy, str) and strategy not in STRATEGIES:
+            raise RevwireError(f"{strategy!r} is not one of {', '.join(STRATEGIES)}")
+    place = _device_of(model) if device is None else _device(device)
     step = TrainingStep(args, kwargs, _optimizer(optimizer), loss_fn or mean_square, autocast, place)
     shared = _Shared(step, model)
     rows = []
@@ -305,6 +308,18 @@ def _meeting(known: Mapping[int, int], ends: Sequence[int], limit: int) -> int:
 def _device_of(model: nn.Module) -> torch.device:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def _device(named: str | torch.device) -> torch.device:
+    """Fake tensors of a device compute nothing, but torch asks the device itself about its streams."""
+    try:
+        place = torch.device(named)
+        there = torch.get_device_module(place).is_available()
+    except RuntimeError as error:
+        raise RevwireError(f"{named!r} is no device that torch knows ({error}); estimate for cpu") from None
+    if not there:
+        raise RevwireError(f"there is no {place.type} device here; estimate for cpu")
+    return place
 
 
 def _optimizer(named: Optimizer) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None:
