@@ -1,6 +1,6 @@
 """Make the indexes by which `revwire convert` knows an architecture by its tensors.
 
-    python -m benchmarks.make_index [timm] [torchvision]
+    python -m benchmarks.make_index timm torchvision
 
 Every model of the installed library is built twice on the meta device. Run it when the library has new models; timm
 takes about ten minutes, torchvision two.
@@ -9,15 +9,15 @@ takes about ten minutes, torchvision two.
 from __future__ import annotations
 
 import gc
-import sys
 import time
 import warnings
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import timm
+import typer
 from rich.progress import track
 
 from revwire.checkpoint.fingerprint import index_name, packed
@@ -28,10 +28,17 @@ if TYPE_CHECKING:
     from revwire.libraries.outline import Shapes
 
 
-def main() -> None:
-    """Build every model and write the indexes into the package."""
+def main(
+    libraries: Annotated[list[str] | None, typer.Argument(help="Which; all if none is named.")] = None,
+) -> None:
+    """Build every model and write the indexes into the package.
+
+    Example: python -m benchmarks.make_index torchvision
+    """
+    if unknown := set(libraries or ()) - set(INDEXED):
+        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(INDEXED)}")
     warnings.simplefilter("ignore")
-    for library in sys.argv[1:] or INDEXED:
+    for library in libraries or INDEXED:
         start = time.perf_counter()
         found: dict[str, tuple[Shapes, set[str]]] = {}
         for name in track(timm.list_models() if library == "timm" else torchvision_models.names(), library):
@@ -49,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

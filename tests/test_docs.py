@@ -28,10 +28,10 @@ import revwire
 from benchmarks import finetune, record, sizing
 from examples.re2tal.config import read_config
 from revwire import cli
-from revwire.cli_values import parse_arguments, parse_size
-from revwire.coupling import coupling_of
 from revwire.checkpoint.hub import is_hub
 from revwire.cli_models import _FILE_SUFFIXES
+from revwire.cli_values import parse_arguments, parse_size
+from revwire.coupling import coupling_of
 from revwire.libraries import Architecture
 from revwire.memory.estimate import size_of
 from revwire.memory.strategies import STRATEGIES

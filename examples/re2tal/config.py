@@ -233,7 +233,8 @@ class Config(Section):
             )
         if self.memory.strategy != "rewired" and (dials := self.memory.dials()):
             raise ValueError(
-                f"memory.{next(iter(dials))} is a dial of memory.strategy=rewired, which is {self.memory.strategy}"
+                f"memory.{next(iter(dials))} is a dial of memory.strategy=rewired, which is {self.memory.strategy}; "
+                f"leave the file's dials out with 'memory={{strategy: {self.memory.strategy}}}'"
             )
         return self
 
