@@ -55,3 +55,13 @@ def cast(tree: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         return tree
     return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+
+
+@torch.no_grad()
+def move_weights(model: nn.Module, draw: int) -> None:
+    """Move all weights by a thousandth, the same for the same draw, before they get another dtype."""
+    generator = torch.Generator().manual_seed(draw)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            change = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1 + 1e-3 * change.to(parameter))

@@ -24,7 +24,7 @@ from revwire.memory.measure import LiveBytes, mean_square
 from revwire.probe import Probe, probe
 from revwire.program import Options
 from revwire.report import Check, Report
-from revwire.specimen import cast, make_branches_count, move_statistics, noisy_like
+from revwire.specimen import cast, make_branches_count, move_statistics, move_weights, noisy_like
 from revwire.streams import Streams
 from revwire.structure import tree_leaves
 from revwire.surgery import (
@@ -53,6 +53,9 @@ GRADIENT_BOUND_FLOAT64 = 1e-10
 # reconstructing a stream rounds it a second time for each of the two times that forward did; where a model amplifies
 # rounding, plain float32 autograd is this far from float64 for each of its own
 GRADIENT_ROUNDINGS = 4
+# where an activation's input is within rounding of its kink, plain float32 autograd and the second run may come out on
+# different sides, and neither is wrong. Weights a little beside decide: what is wrong is wrong there, too
+DRAWS = 3
 DECOMPOSITION_BOUND_FLOAT64 = 1e-12
 HELD_BOUND = 0.05
 # a parameter whose true gradient is zero (the bias of a key projection) has nothing but rounding errors to compare:
@@ -186,20 +189,24 @@ class _Runs:
         exact = self._step(torch.float64, replay=False, training=training)
         found = self._step(torch.float64, replay=True, training=training)
         worst, where = _worst_gradient(exact.gradients, found.gradients)
-        noise, note = self._noise(2.0**-53, training=training)
+        noise, _ = self._noise(2.0**-53, training=training)
         bound = max(GRADIENT_BOUND_FLOAT64, min(noise, GRADIENT_BOUND))
         yield Check(f"gradients, {mode}, float64", worst, 0 if self._exact(exact) else bound, where)
         if not training and any(step.slices > 1 for step in self.plan.steps):
             yield self.slices()
         plain = self._step(None, replay=False, training=training)
         found = self._step(None, replay=True, training=training)
-        # no float32 run can be asked to agree more closely with plain float32 than that agrees with the truth
-        rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
-        worst, where = _worst_gradient(plain.gradients, found.gradients)
-        where += f"; plain autograd itself is {rounding:.1e} off{note}"
-        noise, _ = self._noise(FLOAT32_ROUNDING, training=training)
-        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(noise, MOST_NOISE))
-        yield Check(f"gradients, {mode}, float32", worst, 0 if self._exact(plain) else bound, where)
+        check = self._float32(exact, plain, found, training=training)
+        for draw in range(1, DRAWS):
+            if check.ok or self._exact(plain):
+                break
+            beside = (
+                self._step(torch.float64, replay=False, training=training, draw=draw),
+                self._step(None, replay=False, training=training, draw=draw),
+                self._step(None, replay=True, training=training, draw=draw),
+            )
+            check = self._float32(*beside, training=training)
+        yield check
         if training:
             moved = [
                 name for name, buffer in plain.buffers.items() if not torch.equal(buffer, found.buffers[name])
@@ -207,6 +214,20 @@ class _Runs:
             differing = moved + ([] if torch.equal(plain.random, found.random) else ["(random state)"])
             name = "buffers, random state"
             yield Check(name, len(differing), 0, ", ".join(differing[:3]))
+
+    def _float32(self, exact: _Step, plain: _Step, found: _Step, *, training: bool) -> Check:
+        # no float32 run can be asked to agree more closely with plain float32 than that agrees with the truth
+        rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
+        worst, where = _worst_gradient(plain.gradients, found.gradients)
+        noise, note = self._noise(FLOAT32_ROUNDING, training=training)
+        where += f"; plain autograd itself is {rounding:.1e} off{note}"
+        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(noise, MOST_NOISE))
+        return Check(
+            f"gradients, {'train' if training else 'eval'}, float32",
+            worst,
+            0 if self._exact(plain) else bound,
+            where,
+        )
 
     def slices(self) -> Check:
         """Branches run slice by slice give the gradients of the whole batch; in eval mode, as slices draw their own."""
@@ -240,8 +261,11 @@ class _Runs:
             worst, where = max(found, default=(0.0, "nothing is run again"))
             yield Check("chain inputs, exact", worst, 0, where)
 
-    def _step(self, dtype: torch.dtype | None, *, training: bool, **changed: Any) -> _Step:
-        model = self.wired(**changed).to(dtype).train(training)
+    def _step(self, dtype: torch.dtype | None, *, training: bool, draw: int = 0, **changed: Any) -> _Step:
+        model = self.wired(**changed)
+        if draw:
+            move_weights(model, draw)
+        model.to(dtype).train(training)
         args, kwargs = cast((self.args, self.kwargs), dtype)
         torch.manual_seed(2)
         mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 
 import revwire
+from revwire import verification
 
 SMALL_VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}
 # name -> (arguments that make it small, input size, steps its plan must have)
@@ -141,3 +142,22 @@ def test_features_only_models_train_as_with_plain_autograd(name):
         gradients.append([p.grad for p in copy.parameters() if p.grad is not None])
     for replayed, kept in zip(*gradients, strict=True):
         torch.testing.assert_close(replayed, kept, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_float32_gradient_is_wrong_only_if_it_is_wrong_beside_too(monkeypatch, everywhere):
+    """At its kink an activation may come out on either side; at weights a little beside it does not."""
+    step = verification._Runs._step
+
+    def off(self, dtype, *, replay=True, draw=0, **options):
+        made = step(self, dtype, replay=replay, draw=draw, **options)
+        if dtype is None and replay and (everywhere or draw == 0):
+            next(iter(made.gradients.values())).mul_(1.01)
+        return made
+
+    monkeypatch.setattr(verification._Runs, "_step", off)
+    model, x, _ = build("vit_tiny_patch16_224")
+    checks = {check.name: check for check in revwire.verify(model, x).checks}
+    for mode in ("train", "eval"):
+        assert checks[f"gradients, {mode}, float32"].ok is not everywhere
+        assert checks[f"gradients, {mode}, float64"].ok
