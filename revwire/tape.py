@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]
 """Two consecutive states of a chain, `(x[i-1], x[i])`, without history."""
 
+Around = tuple[Tensor, Tensor | None]
+"""`(x[i], x[i+1])` as the step between them needs it: without `x[i+1]` where it reconstructs nothing."""
+
 Kept = tuple[Tensor, int]
 """A tensor without history, and how often it had been changed in place when it was kept."""
 
@@ -46,7 +49,8 @@ class Opened:
     """A step in the midst of being replayed: its slices run again one after the other.
 
     Attributes:
-        current: `x[i]`, and `following`, `x[i+1]`.
+        current: `x[i]`.
+        following: `x[i+1]`, where the step reconstructs `x[i-1]` from it.
         waiting: The slices that are still to run.
         last: Whether no later backward will ask for this step's pair again.
         own: Whether `following` is needed by no one else, so that `x[i-1]` may take its memory.
@@ -55,8 +59,8 @@ class Opened:
 
     __slots__ = ("current", "following", "last", "out", "own", "waiting")
 
-    def __init__(self, pair: Pair, slices: int, *, last: bool, own: bool) -> None:
-        self.current, self.following = pair
+    def __init__(self, around: Around, slices: int, *, last: bool, own: bool) -> None:
+        self.current, self.following = around
         self.waiting = set(range(slices))
         self.last, self.own = last, own
         self.out: Tensor | None = None
@@ -108,7 +112,7 @@ class Link:
         position: Place in the chain's run, from 0.
         next: The step that continued from here.
         taken: Whether some step has continued from here; a second one has to enter anew.
-        end: The pair after this step while no other step has continued, with its in-place versions.
+        end: The states around this step while no other step has continued, with their in-place versions.
         bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
         anchored: Whether `x[i-1]` was kept, and is not reconstructed.
         anchor: It, with its in-place version, until a backward that does not retain the graph has used it.
@@ -124,7 +128,7 @@ class Link:
         self.weights: Weights | None = None
         self.next: Link | None = None
         self.taken = False
-        self.end: tuple[Pair, tuple[int, int]] | None = None
+        self.end: tuple[Kept, Kept | None] | None = None
         self.anchored = False
         self.anchor: Kept | None = None
         self.undo: tuple[Callable[[Tensor], Tensor], ...] = ()
@@ -154,13 +158,13 @@ class Link:
 
     def keep(self, previous: Tensor) -> None:
         """Keep `x[i-1]`: it will not be reconstructed."""
-        self.anchored, self.anchor = True, (previous.detach(), previous._version)
+        self.anchored, self.anchor = True, _kept(previous)
 
     def follow(self, before: Link | None, previous: Tensor, current: Tensor) -> None:
-        """Become the end of the chain, with the pair that backward starts from, in place of `before`."""
+        """Become the end of the chain, with the states that backward starts from, in place of `before`."""
         if before is not None:
             before.next, before.end = self, None
-        self.end = (previous.detach(), current.detach()), (previous._version, current._version)
+        self.end = _kept(previous), _kept(current) if self._needs_output else None
 
     def redeem(self, part: int, index: int) -> Tensor:
         """The tensor that ticket `index` of slice `part` stands for, in the backward pass that asks for it."""
@@ -214,9 +218,11 @@ class Link:
         return whole if cut is None else cut.part(whole, part)
 
     def _open(self, now: Pass, *, last: bool) -> Opened:
-        pair = self._take(now, last=last)
-        own = self.weights is not None and self._needs_output and solely_held(pair[1])
-        opened = now.opened[self.position] = Opened(pair, len(self.runs), last=last, own=own)
+        current, following = self._take(now, last=last)
+        if not self._needs_output:
+            following = None
+        own = following is not None and self.weights is not None and solely_held(following)
+        opened = now.opened[self.position] = Opened((current, following), len(self.runs), last=last, own=own)
         return opened
 
     def _done(self, now: Pass, part: int, out: Tensor | None) -> None:
@@ -239,6 +245,7 @@ class Link:
     def _retreat_slice(self, opened: Opened, part: int, out: Tensor) -> None:
         assert self.weights is not None
         assert self.branch.cut is not None
+        assert opened.following is not None
         weights = (
             self.weights.of_slice(part, self.branch.cut.slices) if self.branch.cut.dim == 0 else self.weights
         )
@@ -266,26 +273,28 @@ class Link:
             if opened.last and _frees_graph():
                 self.anchor = None
             return previous.detach()
+        assert opened.following is not None
         if opened.own and self.branch.cut is not None:
             return opened.following
         assert opened.out is not None
         retreat = self.weights.retreat_ if opened.own and self.weights is not None else self.inverse
         return retreat(opened.following, opened.current, opened.out)
 
-    def _take(self, now: Pass, *, last: bool) -> Pair:
+    def _take(self, now: Pass, *, last: bool) -> Around:
         """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain, if it is the `last` to ask."""
         if self.next is not None:
             return now.below.pop(self.next.position)
         if self.end is None:
             raise self._freed("the end")
-        pair, versions = self.end
-        if tuple(t._version for t in pair) != versions:
+        if any(kept is not None and kept[0]._version != kept[1] for kept in self.end):
             raise self._modified("the output")
+        current, following = (None if kept is None else kept[0] for kept in self.end)
+        assert current is not None
         if last and _frees_graph():
             self.end = None
-            return pair
+            return current, following
         # others than these very tensors, so that whoever gets them knows that their memory is held here too
-        return pair[0].detach(), pair[1].detach()
+        return current.detach(), None if following is None else following.detach()
 
     def _freed(self, what: str) -> ReplayError:
         return ReplayError(
@@ -298,6 +307,10 @@ class Link:
             f"{self.branch.name}: {what} of its chain has been modified by an inplace operation, and backward needs it "
             "as it was; use the out-of-place form of that operation"
         )
+
+
+def _kept(tensor: Tensor) -> Kept:
+    return tensor.detach(), tensor._version
 
 
 def _frees_graph() -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from revwire.plans import Plan
     from revwire.probe import Probe
     from revwire.program import Options
-    from revwire.tape import Pair, Pass
+    from revwire.tape import Around, Pass
 
 
 def find_transitions(plan: Plan, found: Probe) -> Plan:
@@ -155,7 +155,7 @@ class _Kept(Link):
         super().__init__(Tape(branch.name), 0, branch, bottom=True)
         self.keep(x)
 
-    def _take(self, now: Pass, *, last: bool) -> Pair:  # noqa: ARG002 - as the links of a chain
+    def _take(self, now: Pass, *, last: bool) -> Around:  # noqa: ARG002 - as the links of a chain
         assert self.anchor is not None
         x, version = self.anchor
         if x._version != version:
@@ -163,4 +163,4 @@ class _Kept(Link):
                 f"{self.branch.name}: its input has been modified by an inplace operation, and backward needs it as it "
                 "was; use the out-of-place form of that operation"
             )
-        return x, x
+        return x, None

@@ -282,7 +282,7 @@ class _Runs:
         # what the model hands out is not the step's, nor what other steps read of it (T5's position bias); and each
         # chain holds its last pair, once
         own = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        own += [t for step in made if step.link.end is not None for t in step.link.end[0]]
+        own += [kept[0] for step in made for kept in step.link.end or () if kept is not None]
         own += [step.link.anchor[0] for step in made if step.link.anchor is not None]
         runs = [run for step in made for run in step.link.runs]
         own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
