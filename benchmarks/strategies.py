@@ -1,6 +1,7 @@
 """The ways of doing a training step that are measured: those that revwire estimates, and some more.
 
-Of these, `budget=checkpoint` and `budget=plain` are rewired with the memory that the other way takes for a budget.
+Of these, `budget=checkpoint` and `budget=plain` are rewired with the memory that the other way takes for a budget, in a
+step that finds gradients there: so what is compared are activations alone, as everywhere in these measurements.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def _on_gpu(model: nn.Module) -> bool:
 
 def budgeted(model: nn.Module, inputs: Any, *, like: str, autocast: torch.dtype | None = None) -> nn.Module:
     """Rewire with the estimated memory of another way for a budget."""
-    limit = revwire.estimate(model, inputs, strategies=[like], optimizer=None, autocast=autocast).rows[0].peak
-    return revwire.rewire(model, inputs, budget=revwire.Budget(limit, optimizer=None, autocast=autocast))
+    step: dict[str, Any] = {"optimizer": None, "autocast": autocast, "accumulate": True}
+    limit = revwire.estimate(model, inputs, strategies=[like], **step).rows[0].peak
+    return revwire.rewire(model, inputs, budget=revwire.Budget(limit, **step))
 
 
 def worth_measuring(device: str) -> list[str]:

@@ -245,6 +245,9 @@ def estimate(
         list[str] | None,
         typer.Option("--strategy", "-s", help="plain, checkpoint, rewired, anchored or lean; repeatable."),
     ] = None,
+    accumulate: Annotated[
+        bool, typer.Option("--accumulate", help="Gradients are there before, as in accumulation and DDP.")
+    ] = False,
     device: Annotated[str, typer.Option(help="The kind of device the step is for: cpu, cuda.")] = "cpu",
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,
@@ -268,6 +271,7 @@ def estimate(
             strategies=strategy or COMMON,
             optimizer=None if optimizer == "none" else optimizer,
             autocast=None if amp is _Amp.none else torch.bfloat16 if amp is _Amp.bf16 else torch.float16,
+            accumulate=accumulate,
             limit=limit,
             vary=vary,
             device=device,

@@ -45,8 +45,8 @@ def inputs_of(name, batch=6):
     return torch.randn(batch, 3, size, size)
 
 
-def peak_for_real(model, x, make_optimizer):
-    """Most live bytes of the second step, and of its forward and backward without the model and gradients."""
+def peak_for_real(model, x, make_optimizer, *, set_to_none=True):
+    """Most live bytes of the second step."""
     with LiveBytes() as meter:
         own = copy.deepcopy(model)
         inner = x.clone()
@@ -54,7 +54,7 @@ def peak_for_real(model, x, make_optimizer):
         for parameter in own.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=set_to_none)
         meter.reset_peak()
         loss = mean_square(own(inner))
         loss.backward()
@@ -72,6 +72,25 @@ def test_estimates_are_what_the_step_takes(name):
         real = peak_for_real(treated(copy.deepcopy(model), x, strategy), x, torch.optim.AdamW)
         assert found[strategy].peak == pytest.approx(real, rel=0.03), strategy
         assert not found[strategy].failure
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50"])
+def test_gradients_that_are_there_before_the_step_count_in_it(name):
+    model, x = model_of(name), inputs_of(name, 64)
+    names = ["plain", "checkpoint", "rewired"]
+    fresh, accumulated = (revwire.estimate(model, x, strategies=names, accumulate=a) for a in (False, True))
+    for strategy in names:
+        real = peak_for_real(
+            treated(copy.deepcopy(model), x, strategy), x, torch.optim.AdamW, set_to_none=False
+        )
+        assert accumulated[strategy].peak == pytest.approx(real, rel=0.001), strategy
+        assert accumulated[strategy].peak > fresh[strategy].peak
+        assert accumulated[strategy].activations == pytest.approx(fresh[strategy].activations, rel=0.05)
+    limit = (accumulated["rewired"].peak + accumulated["checkpoint"].peak) // 2
+    if name == "vit_tiny_patch16_224":
+        own = revwire.rewire(copy.deepcopy(model), x, budget=revwire.Budget(limit, accumulate=True))
+        assert peak_for_real(own, x, torch.optim.AdamW, set_to_none=False) <= limit * 1.001
+    assert "gradients there before" in str(accumulated)
 
 
 def test_a_forward_that_is_traced_in_the_estimated_step_takes_what_it_takes():

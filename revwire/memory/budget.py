@@ -56,6 +56,7 @@ class Budget:
         optimizer: As for `revwire.estimate`.
         loss_fn: As for `revwire.estimate`.
         autocast: As for `revwire.estimate`.
+        accumulate: As for `revwire.estimate`.
         device: As for `revwire.estimate`.
     """
 
@@ -63,6 +64,7 @@ class Budget:
     optimizer: Optimizer = "adamw"
     loss_fn: Loss | None = None
     autocast: torch.dtype | None = None
+    accumulate: bool = False
     device: str | torch.device | None = None
 
 
@@ -134,6 +136,7 @@ def _peak(model: nn.Module, example_inputs: Any, budget: Budget, recording: Reco
         optimizer=budget.optimizer,
         loss_fn=budget.loss_fn,
         autocast=budget.autocast,
+        accumulate=budget.accumulate,
         device=budget.device,
     ).rows[0]
     if row.failure:

@@ -82,6 +82,7 @@ class Estimates:
         inputs: Shapes of the tensors that its forward takes.
         optimizer: Name of the optimizer.
         autocast: dtype of the forward's autocast, `""` for none.
+        accumulate: Whether gradients were there when the step began.
         limit: The bytes that `Estimate.fits` refers to, None where not asked for.
         varied: The dimension of the first input that it varies.
         rows: One for each way.
@@ -91,6 +92,7 @@ class Estimates:
     inputs: tuple[tuple[int, ...], ...]
     optimizer: str
     autocast: str
+    accumulate: bool
     limit: int | None
     varied: int
     rows: tuple[Estimate, ...]
@@ -117,8 +119,9 @@ class Estimates:
 
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.inputs)
         amp = f", autocast {self.autocast}" if self.autocast else ""
+        kept = ", gradients there before" if self.accumulate else ""
         table = Table(
-            title=f"{escape(self.model)}, input {shapes}, {self.optimizer}{amp}: one training step, GiB",
+            title=f"{escape(self.model)}, input {shapes}, {self.optimizer}{amp}{kept}: one training step, GiB",
             title_justify="left",
         )
         table.add_column("strategy", overflow="fold")
@@ -145,6 +148,7 @@ def estimate(
     optimizer: Optimizer = "adamw",
     loss_fn: Loss | None = None,
     autocast: torch.dtype | None = None,
+    accumulate: bool = False,
     limit: str | int | None = None,
     vary: int = 0,
     device: str | torch.device | None = None,
@@ -160,6 +164,9 @@ def estimate(
         optimizer: `"adamw"`, `"adam"`, `"sgd"`, `"momentum"`, a function from parameters to an optimizer, or None.
         loss_fn: From the model's output to a scalar; the mean square of all outputs if not given.
         autocast: Run the forward under autocast to this dtype.
+        accumulate: Gradients are there when the step begins, as in gradient accumulation, after
+            `zero_grad(set_to_none=False)` and in DDP, whose buckets stay. If not, they come as activations go, and the
+            peak is lower.
         limit: A size, in bytes or such as `"24GiB"`: find the largest input whose step fits.
         vary: Which dimension of the first input tensor to vary for it: 0, the batch.
         device: Type of the device that the step is for, as kernels differ; the model's own if not given.
@@ -178,7 +185,8 @@ def estimate(
         if isinstance(strategy, str) and strategy not in STRATEGIES:
             raise RevwireError(f"{strategy!r} is not one of {', '.join(STRATEGIES)}")
     place = _device_of(model) if device is None else _device(device)
-    step = TrainingStep(args, kwargs, _optimizer(optimizer), loss_fn or mean_square, autocast, place)
+    made = _optimizer(optimizer)
+    step = TrainingStep(args, kwargs, made, loss_fn or mean_square, autocast, place, accumulate)
     shared = _Shared(step, model)
     rows = []
     for name, strategy in named.items():
@@ -189,7 +197,7 @@ def estimate(
         optimizer if isinstance(optimizer, str) else "no optimizer" if optimizer is None else "own optimizer"
     )
     amp = "" if autocast is None else str(autocast).removeprefix("torch.")
-    return Estimates(type(model).__name__, shapes, called, amp, bytes_, vary, tuple(rows))
+    return Estimates(type(model).__name__, shapes, called, amp, accumulate, bytes_, vary, tuple(rows))
 
 
 def size_of(text: str | int) -> int:

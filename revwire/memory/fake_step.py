@@ -64,6 +64,7 @@ class TrainingStep:
     loss_fn: Loss
     autocast: torch.dtype | None
     device: torch.device
+    accumulate: bool = False
 
     def prepared(self, model: nn.Module, strategy: Strategy) -> nn.Module:
         """A copy of the model on the meta device, made ready for one way of doing the step."""
@@ -133,8 +134,11 @@ class TrainingStep:
             with meter.phase("inputs"):
                 args, kwargs = tree_map(stand_in, (self.args, self.kwargs))
             of_inputs = meter.live - of_model
-            meter.watch(model)
             gradients = sum(p.nbytes for p in trainable(model))
+            if self.accumulate:
+                for parameter in trainable(model):
+                    parameter.grad = torch.empty_like(parameter)
+            meter.watch(model)
             meter.begin(optimization.state)
             with _paths(meter, model):
                 with (
@@ -184,13 +188,14 @@ class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its ba
         self._shown = 0
 
     def watch(self, model: nn.Module) -> None:
-        """Tell gradients from temporaries: those of this model's parameters."""
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        """Tell gradients from temporaries: those of this model's parameters, where they are not there already."""
+        self._parameters = trainable(model)
+        arriving = [p for p in self._parameters if p.grad is None]
 
         def arrived(parameter: Tensor) -> None:
             self._gradients += parameter.nbytes
 
-        for parameter in self._parameters:
+        for parameter in arriving:
             parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
 
     def begin(self, optimizer_state: int) -> None:
