@@ -46,8 +46,10 @@ def budgeted(model: nn.Module, inputs: Any, *, like: str, autocast: torch.dtype 
 
 def worth_measuring(device: str) -> list[str]:
     """The strategies that say something on a kind of device: a CPU has no other memory to move tensors to."""
+    if not device.startswith("cpu"):
+        return list(STRATEGIES)
     return [
-        name for name in STRATEGIES if name not in {"offload", "compiled"} or not device.startswith("cpu")
+        name for name in STRATEGIES if name not in {"offload", "compiled", "overlap", "compiled, overlap"}
     ]
 
 
@@ -67,5 +69,7 @@ STRATEGIES: dict[str, Strategy] = {
     **{name: partial(treated, strategy=name) for name in ESTIMATED},
     **BUDGETED,
     "compiled": partial(treated, strategy={"compile": True}),
+    "overlap": partial(treated, strategy={"overlap": True}),
+    "compiled, overlap": partial(treated, strategy={"compile": True, "overlap": True}),
     "offload": offloaded,
 }

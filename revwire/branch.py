@@ -71,6 +71,7 @@ class Branch:
         own: The parameters it reads itself, as (owner, name).
         cut: How it is run slice by slice, None: all at once.
         mode: What the step holds for backward.
+        overlap: Whether its second run may start while the device computes the gradients of the step after it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Branch:
     own: Sequence[tuple[nn.Module, str]] = ()
     cut: Cut | None = None
     mode: Mode = "reverse"
+    overlap: bool = False
 
 
 class Redeems(Protocol):

@@ -20,6 +20,7 @@ from revwire.branch import Branch, Cut
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.compiling import compiled_code
 from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
+from revwire.overlap import can_overlap
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
 from revwire.slicing import mixes_now
@@ -50,6 +51,7 @@ class Options:
         replay: Drop what branches save and run them again in backward; False keeps everything, as plain autograd
             through the same recurrence does, for comparison.
         compile: Run branches by torch.compile; on fake tensors they run as they are.
+        overlap: Start a step's second run while the device computes the gradients of the step after it.
     """
 
     coupling: Coupling
@@ -57,6 +59,7 @@ class Options:
     exact: Exact = False
     sliced: bool = True
     compile: bool = False
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,8 @@ def run_step(
     owners = [owner_of(module, path) for path in code.own]
     cut = _cut_now(planned, options, modules, trunk, sides)
     function = _in_parts(planned, options, branch, 1 if cut is None else cut.count(trunk.shape))
-    step = Branch(planned.name, function, modules, owners, cut, planned.mode)
+    overlap = options.overlap and can_overlap(trunk.device)
+    step = Branch(planned.name, function, modules, owners, cut, planned.mode, overlap)
     if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     following = trunk.advance(step, sides, replay=options.replay and not torch.compiler.is_exporting())

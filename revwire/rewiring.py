@@ -71,6 +71,7 @@ def rewire(
     budget: str | int | Budget | None = None,
     plan: Plan | None = None,
     compile: bool = False,  # noqa: A002 - as torch and Lightning name it
+    overlap: bool = False,
 ) -> nn.Module:
     """Turn the chains of residual blocks of `model` into reversible ones, in place.
 
@@ -104,6 +105,9 @@ def rewire(
             the dials that it was made with.
         compile: Have torch.compile run the branches: one compilation for all blocks that are alike. The first steps
             take as long as compiling does; kernels are fused, so numbers differ by rounding.
+        overlap: On a GPU, run a step's branch again on a stream of its own while the gradients of the step after it are
+            computed; it takes the insides of one more branch. The same numbers. Branches in slices and exact chains
+            run one after the other all the same, and so does everything on a CPU.
 
     Returns:
         The same model.
@@ -122,12 +126,12 @@ def rewire(
         # imported here, as it estimates what this very function makes
         from revwire.memory.budget import dials_within
 
-        dials = dials_within(model, example_inputs, budget, recording)
+        dials = dials_within(model, example_inputs, budget, recording, overlap=overlap)
     if plan is None:
         chosen = dials.turned(recording.fresh, recording.found)
     else:
         chosen = fitting(plan, recording.fresh, recording.found)
-    recording.rewire(model, chosen, compiled=compile)
+    recording.rewire(model, chosen, compiled=compile, overlap=overlap)
     for warning in chosen.warnings:
         warnings.warn(warning, stacklevel=2)
     return model

@@ -7,6 +7,7 @@ rearrange (reshape, permute, ...), which acts on both streams and keeps the chai
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +201,7 @@ class Streams(Lookalike):
         if before is None:
             return Link(Tape(branch.name), 0, branch, bottom=True)
         link = Link(before.tape, before.position + 1, branch, bottom=before.silent)
+        link.before = weakref.ref(before)
         link.undo = self.undo
         return link
 

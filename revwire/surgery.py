@@ -168,20 +168,23 @@ class Recording:
         fresh = choose_plan(found, kind, streams, include, exclude)
         return cls(found, fresh, Options(kind, exact=streams))
 
-    def rewire(self, model: nn.Module, chosen: Plan, *, compiled: bool = False) -> nn.Module:
+    def rewire(
+        self, model: nn.Module, chosen: Plan, *, compiled: bool = False, overlap: bool = False
+    ) -> nn.Module:
         """Rewire the model that was recorded, or a copy of it as it was then; returns it.
 
         Args:
             model: That one.
             chosen: What to rewire of it.
             compiled: Have torch.compile run the branches.
+            overlap: Have second runs start beside the gradients of the step after theirs.
 
         Raises:
             RewireError: there is nothing to rewire, or a module of it cannot be.
         """
         if not chosen.chains:
             raise RewireError(nothing_to_rewire(chosen))
-        apply_plan(model, chosen, self.found, replace(self.options, compile=compiled))
+        apply_plan(model, chosen, self.found, replace(self.options, compile=compiled, overlap=overlap))
         return model
 
 

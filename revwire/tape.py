@@ -13,7 +13,7 @@ forward built, so hooks, taps, frozen parts, side inputs, `autograd.grad`, doubl
 autograd's own business.
 
 Who holds whom decides whether graphs are freed: a graph holds tickets, a ticket its link, a link the link after it and
-the last link the chain's last pair. Nothing points from a later step to an earlier one, and no tensor held here has a
+the last link the chain's last pair. Nothing holds an earlier step for a later one, and no tensor held here has a
 history. What backward reconstructs belongs to one backward pass (`Pass`) and is gone when that pass ends.
 """
 
@@ -27,8 +27,10 @@ from torch import Tensor
 from revwire._torch import at_end_of_backward, backward_pass, keeps_graph, solely_held
 from revwire.branch import BranchRun
 from revwire.errors import ReplayError
+from revwire.overlap import Ahead
 
 if TYPE_CHECKING:
+    import weakref
     from collections.abc import Callable
 
     from revwire.branch import Branch
@@ -73,14 +75,16 @@ class Pass:
         below: The pair that a link's replay handed to the step before it.
         opened: The links some of whose slices have run again.
         saved: The tensors a slice's replay saved and that its tickets have not fetched yet, by link and slice.
+        ahead: The links whose branch runs again on another stream, before a ticket asked for it.
     """
 
-    __slots__ = ("below", "opened", "saved")
+    __slots__ = ("ahead", "below", "opened", "saved")
 
     def __init__(self) -> None:
         self.below: dict[int, Pair] = {}
         self.opened: dict[int, Opened] = {}
         self.saved: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self.ahead: dict[int, Ahead] = {}
 
 
 class Tape:
@@ -111,6 +115,7 @@ class Link:
     Attributes:
         position: Place in the chain's run, from 0.
         next: The step that continued from here.
+        before: The step that this one continued from, while it lives.
         taken: Whether some step has continued from here; a second one has to enter anew.
         end: The states around this step while no other step has continued, with their in-place versions.
         bottom: No step before this one has anything to replay, so nothing needs to be reconstructed for it.
@@ -127,6 +132,7 @@ class Link:
         self.inverse: Callable[[Tensor, Tensor, Tensor], Tensor]
         self.weights: Weights | None = None
         self.next: Link | None = None
+        self.before: weakref.ref[Link] | None = None
         self.taken = False
         self.end: tuple[Kept, Kept | None] | None = None
         self.anchored = False
@@ -172,7 +178,11 @@ class Link:
         if self.tape.watch is not None:
             self.tape.watch.settle()
         if (self.position, part) not in now.saved:
-            now.saved[self.position, part] = self._replay(now, part)
+            saved = self._ran_ahead(now)
+            now.saved[self.position, part] = self._replay(now, part) if saved is None else saved
+            below = None if self.before is None else self.before()
+            if below is not None and backward_pass() != -1:
+                below.run_ahead(now)
         try:
             return now.saved[self.position, part].pop(index)
         except KeyError:
@@ -180,6 +190,32 @@ class Link:
                 f"{self.branch.name}: a tensor saved in forward was fetched twice in one backward pass; an "
                 "autograd.Function in the branch should read ctx.saved_tensors only once"
             ) from None
+
+    def _ran_ahead(self, now: Pass) -> dict[int, Tensor] | None:
+        """What the branch saved, if it ran ahead."""
+        if (ahead := now.ahead.pop(self.position, None)) is None:
+            return None
+        ahead.join()
+        return ahead.saved
+
+    def run_ahead(self, now: Pass) -> None:
+        """Run the branch again before a ticket asks for it: beside the gradients of the step after this one."""
+        assert self.next is not None
+        pair = now.below.get(self.next.position)
+        whole = self.branch.cut is None and len(self.runs) == 1 and not self.runs[0].silent
+        # an exact step takes what it is reconstructed from out of a store of its own
+        if pair is None or not self.branch.overlap or not whole or self.weights is None:
+            return
+        if (self.position, 0) in now.saved or self.position in now.opened:
+            return
+        ahead = Ahead(pair[0].device, pair if self._needs_output else pair[:1])
+        try:
+            with ahead.running():
+                ahead.saved = self._replay(now, 0)
+        except ReplayError:
+            # raised again when a ticket asks, if this backward asks for this step at all
+            return
+        now.ahead[self.position] = ahead
 
     def _replay(self, now: Pass, part: int) -> dict[int, Tensor]:
         """Run one slice of the branch once more; returns what it saves for the tickets."""
@@ -283,6 +319,8 @@ class Link:
     def _take(self, now: Pass, *, last: bool) -> Around:
         """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain, if it is the `last` to ask."""
         if self.next is not None:
+            if self.next.position in now.ahead:
+                now.ahead[self.next.position].join()
             return now.below.pop(self.next.position)
         if self.end is None:
             raise self._freed("the end")

@@ -58,12 +58,13 @@ def by_name(rows, case):
 def test_every_strategy_is_measured(rows, case):
     found = by_name(rows, case)
     assert list(found) == worth_measuring("cpu")
-    # this small, a pair of streams takes more than the one input of a checkpoint
-    too_small = found.pop("budget=checkpoint") if case == "own" else None
-    assert too_small is None or "budget: the step needs at least" in too_small.failure
     assert all(len(row.timing.seconds) == 2 for row in found.values())
     held = {name: row.memory.held for name, row in found.items()}
     assert held["rewired"] < held["checkpoint"] < held["plain"]
+    peak = {name: row.memory.peak for name, row in found.items()}
+    for like in ("checkpoint", "plain"):
+        # the budget is that of a step with another loss
+        assert peak[f"budget={like}"] <= 1.05 * peak[like]
 
 
 def test_a_model_that_cannot_be_treated_has_a_row_that_says_so(rows):

@@ -69,7 +69,12 @@ class Budget:
 
 
 def dials_within(
-    model: nn.Module, example_inputs: Any, budget: str | int | Budget, recording: Recording
+    model: nn.Module,
+    example_inputs: Any,
+    budget: str | int | Budget,
+    recording: Recording,
+    *,
+    overlap: bool = False,
 ) -> Dials:
     """The dials with which a step of `model` on these inputs fits.
 
@@ -78,6 +83,7 @@ def dials_within(
         example_inputs: As for `revwire.rewire`; of the shapes of the step.
         budget: What it has to fit into.
         recording: A run of the model.
+        overlap: Whether second runs overlap with gradients, which takes memory too.
 
     Raises:
         RewireError: nothing to rewire, or nothing fits; the message says by how much.
@@ -92,7 +98,9 @@ def dials_within(
     def peak(setting: Setting, level: int) -> int:
         dials = levels.dials(setting, level)
         if dials not in peaks:
-            peaks[dials] = _peak(model, example_inputs, wanted, recording, dials)
+            chosen = dials.turned(recording.fresh, recording.found)
+            rewired = partial(recording.rewire, chosen=chosen, overlap=overlap)
+            peaks[dials] = _peak(model, example_inputs, wanted, rewired)
         return peaks[dials]
 
     if peak(_SETTINGS[0], levels.most) <= limit:
@@ -127,12 +135,13 @@ def _setting(peak: Callable[[Setting, int], int], enough: int, limit: int) -> tu
     return chosen, smallest
 
 
-def _peak(model: nn.Module, example_inputs: Any, budget: Budget, recording: Recording, dials: Dials) -> int:
-    chosen = dials.turned(recording.fresh, recording.found)
+def _peak(
+    model: nn.Module, example_inputs: Any, budget: Budget, rewired: Callable[[nn.Module], nn.Module]
+) -> int:
     row = estimate(
         model,
         example_inputs,
-        strategies={"": partial(recording.rewire, chosen=chosen)},
+        strategies={"": rewired},
         optimizer=budget.optimizer,
         loss_fn=budget.loss_fn,
         autocast=budget.autocast,

@@ -248,14 +248,17 @@ class _Shared:
 
     def _rewired(self, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
         turned = {f.name for f in fields(Dials)} & options.keys()
-        others = {name: value for name, value in options.items() if name not in {*turned, "compile"}}
+        others = {
+            name: value for name, value in options.items() if name not in {*turned, "compile", "overlap"}
+        }
         key = repr(sorted(others.items()))
         if key not in self._recordings:
             model_on_meta, inputs = self._step.on_meta(self._model)
             self._recordings[key] = Recording.of(model_on_meta, inputs, **others)
         recording = self._recordings[key]
         dials = Dials(**{name: options[name] for name in turned})
-        return recording.rewire(model, dials.turned(recording.fresh, recording.found))
+        chosen = dials.turned(recording.fresh, recording.found)
+        return recording.rewire(model, chosen, overlap=options.get("overlap", False))
 
 
 def _row(
