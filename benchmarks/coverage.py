@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,7 +36,7 @@ from rich.progress import (
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import revwire
-from benchmarks import coverage_report, record
+from benchmarks import coverage_report, record, screen
 from benchmarks.coverage_report import Planned, Verified
 from benchmarks.operators import ResidualCounter
 from benchmarks.zoo import SOURCES, Entry, entries, fewer_blocks
@@ -267,7 +266,7 @@ def main(
 
     One family: python -m benchmarks.coverage --only 'timm/convnext*'
     """
-    console = Console()
+    console = screen.console()
     chosen = tuple(source or SOURCES)
     if unknown := [s for s in chosen if s not in SOURCES]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SOURCES)}", param_hint="--source")

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks import record, screen
 from benchmarks.memory import Amp, timm_case
 from benchmarks.report import METHOD, document, progress_bar, table, write
 from benchmarks.steps import Case, Row, run, steps_to_come
@@ -155,7 +154,7 @@ def main(
 
     On a GPU: python -m benchmarks.depth --device cuda --amp bf16 -m vit_small_patch16_224@64
     """
-    console = Console()
+    console = screen.console()
     depths = sorted(set(depth or DEPTHS))
     if len(depths) < 2:
         raise typer.BadParameter("a slope needs two different depths", param_hint="--depth")

@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import timm
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import revwire
-from benchmarks import record
+from benchmarks import record, screen
 from examples.digits import data
 from examples.digits import train as digits_vit
 
@@ -209,7 +208,7 @@ def main(
 
     Quick look: python -m benchmarks.finetune --seeds 1 --model vit --out /tmp/finetune.json
     """
-    console = Console()
+    console = screen.console()
     torch.set_num_threads(1)
     digits = data.load()
     settings = {"epochs": EPOCHS, "pretraining_epochs": PRETRAINING_EPOCHS, "batch": BATCH}

@@ -19,13 +19,12 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import record
+from benchmarks import record, screen
 from benchmarks.report import METHOD, document, progress_bar, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
 from benchmarks.strategies import STRATEGIES, strategies_for, worth_measuring
@@ -176,7 +175,7 @@ def main(
 
     Only two ways: python -m benchmarks.memory -s checkpoint -s rewired -m resnet50@8
     """
-    console = Console()
+    console = screen.console()
     strategies = strategy or worth_measuring(device)
     if unknown := [s for s in strategies if s not in STRATEGIES]:
         message = f"{unknown[0]!r} is not one of {', '.join(STRATEGIES)}"

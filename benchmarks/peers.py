@@ -36,11 +36,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import record, report
+from benchmarks import record, report, screen
 from benchmarks.steps import Case, Row, failure_of, run, steps_to_come
 from benchmarks.ways import WAYS, Stack, Way, attention_branch, mlp_branch
 
@@ -241,7 +240,7 @@ def main(
         raise typer.BadParameter(f"{dim} channels do not divide into {heads} heads", param_hint="--heads")
     if unknown := [w for w in way or () if w not in WAYS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(WAYS)}", param_hint="--way")
-    console = Console()
+    console = screen.console()
     ways = {w: WAYS[w] for w in way or WAYS}
     case = stack_case(
         branches=branches,

@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import revwire
-from benchmarks import record
+from benchmarks import record, screen
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.distributed import World
 from examples.re2tal.logs import Log
@@ -204,7 +203,7 @@ def main(
 
     Example: python -m benchmarks.tal --data data/synthetic --seeds 3 --jobs 2
     """
-    console, given = Console(), list(overrides or [])
+    console, given = screen.console(), list(overrides or [])
     base = read_config(config, [f"data.annotations={data}/annotations.json", *given])
     shared = {
         "data": str(data),
