@@ -38,7 +38,7 @@ __all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]
 MODELS = (
     "vit_tiny_patch16_224@4",
     "vit_small_patch16_224@8",
-    "vit_base_patch16_224@16",
+    "vit_base_patch16_224@8",
     "swin_tiny_patch4_window7_224@4",
     "convnext_tiny@4",
     "resnet50@4",

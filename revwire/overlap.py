@@ -54,11 +54,11 @@ class Ahead:
     """
 
     def __init__(self, device: torch.device, held: tuple[Tensor, ...]) -> None:
+        self._done: Any = None
         self.saved: dict[int, Tensor] = {}
         self._device, self._held = device, held
         self._module = device_module(device)
         self._main = self._module.current_stream(device)
-        self._done: Any = None
 
     @contextmanager
     def running(self) -> Iterator[None]:

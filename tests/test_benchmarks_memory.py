@@ -187,6 +187,7 @@ def test_the_program_prints_and_writes(command, tmp_path):
     result = command(*args)
     assert result.exit_code == 0, result.output
     assert "rewired" in result.output
+    assert "held MiB /plain  /ckpt peak MiB /plain /ckpt seconds /plain /ckpt" in result.output
     assert "Neither counts" in result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory-cpu-none.json", "memory-cpu-none.png"]
 
