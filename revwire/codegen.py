@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 if TYPE_CHECKING:
     from revwire.frame import Frame
     from revwire.residual import Residual
+    from revwire.siblings import Calls
 
 
 class _Self:
@@ -80,20 +81,34 @@ def step_code(residual: Residual, without: Sequence[fx.Node] = ()) -> StepCode:
     )
 
 
-def rewritten_forward(frame: Frame, steps: dict[Residual, RunStep]) -> Callable[..., Any]:
-    """The frame's forward, as a function of `(self, *tensors)`, with each residual's sum run as a step."""
+def rewritten_forward(
+    frame: Frame, steps: dict[Residual, RunStep], joined: dict[Calls, RunStep] | None = None
+) -> Callable[..., Any]:
+    """The frame's forward, as a function of `(self, *tensors)`, with each residual's sum run as a step.
+
+    Args:
+        frame: The traced frame.
+        steps: What runs in place of each sum.
+        joined: What runs in place of calls of children that follow each other, as `run(self, x)`.
+    """
     assert frame.graph is not None
     sums = {residual.total: residual for residual in steps}
+    runs = {calls[-1]: (calls[0].all_input_nodes[0], run) for calls, run in (joined or {}).items()}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    wanted = _needed(frame.graph, steps)
+    read: dict[fx.Node, tuple[fx.Node, ...]] = {node: (entering,) for node, (entering, _) in runs.items()}
+    read |= {node: (r.skip, *r.sides) for node, r in sums.items()}
+    wanted = _needed(frame.graph, steps, {n for calls in joined or () for n in calls[:-1]}, read)
     waiting = [node for node in frame.graph.nodes if node in wanted]
     while waiting:
         # what reads an inner value of a branch comes after the step, which hands it out with its sum
         later: list[fx.Node] = []
         for node in waiting:
-            if not copies.keys() >= set(_reads(node, sums)):
+            if not copies.keys() >= set(read.get(node, node.all_input_nodes)):
                 later.append(node)
+            elif node in runs:
+                entering, run = runs[node]
+                copies[node] = graph.call_function(run, (_Self(), copies[entering]))  # type: ignore[arg-type]
             elif node in sums:
                 copies.update(_step_call(graph, sums[node], steps[sums[node]], copies))
             else:
@@ -101,13 +116,6 @@ def rewritten_forward(frame: Frame, steps: dict[Residual, RunStep]) -> Callable[
         assert len(later) < len(waiting), f"{later} wait for each other"
         waiting = later
     return _compile(graph, f"<revwire {type(frame.module).__name__}.forward {id(graph):x}>")
-
-
-def _reads(node: fx.Node, sums: dict[fx.Node, Residual]) -> tuple[fx.Node, ...]:
-    """What a node of the rewritten forward reads; a planned sum reads the trunk and the branch's side inputs."""
-    if node in sums:
-        return sums[node].skip, *sums[node].sides
-    return tuple(node.all_input_nodes)
 
 
 def _step_call(
@@ -124,9 +132,17 @@ def _step_call(
     return {residual.total: trunk, residual.result: trunk, **dict(zip(residual.shared, inner, strict=True))}
 
 
-def _needed(graph: fx.Graph, steps: dict[Residual, RunStep]) -> set[fx.Node]:
-    """The nodes that the rewritten forward still runs: all but what only a planned branch needs."""
-    inner = {n for residual in steps for n in (*residual.inside, *residual.post, *residual.sums)}
+def _needed(
+    graph: fx.Graph,
+    steps: dict[Residual, RunStep],
+    joined: set[fx.Node],
+    read: dict[fx.Node, tuple[fx.Node, ...]],
+) -> set[fx.Node]:
+    """The nodes that the rewritten forward still runs: all but what only a planned branch or a joined call needs.
+
+    `read` is what the calls that stand for them read: a step the trunk and the branch's side inputs.
+    """
+    inner = {n for residual in steps for n in (*residual.inside, *residual.post, *residual.sums)} | joined
     sums = {residual.total: residual for residual in steps}
     given = {n: residual.total for residual in steps for n in (*residual.shared, residual.result)}
     needed: set[fx.Node] = set()
@@ -137,7 +153,7 @@ def _needed(graph: fx.Graph, steps: dict[Residual, RunStep]) -> set[fx.Node]:
         if node in needed:
             continue
         needed.add(node)
-        waiting.extend(_reads(node, sums))
+        waiting.extend(read.get(node, node.all_input_nodes))
     return needed
 
 

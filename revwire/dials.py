@@ -14,7 +14,7 @@ from revwire.branch import Cut
 from revwire.errors import RewireError
 from revwire.plans import Skipped
 from revwire.slicing import cut_of, inside_refusal, kind_of, refusal_of
-from revwire.transitions import find_transitions
+from revwire.transitions import find_transitions, transitions_refused
 
 if TYPE_CHECKING:
     from revwire.plans import Mode, Plan, Step
@@ -93,12 +93,8 @@ def check_dials(plan: Plan, found: Probe) -> None:
         if kind not in proven and (why_not := refusal_of(residual, cut, inside=step.inside)) is not None:
             raise RewireError(f"the plan runs {step.name} in slices, and here {why_not}; plan again")
         proven.add(kind)
-    known = find_transitions(plan, found).recomputed if plan.recomputed else ()
-    for path in plan.recomputed:
-        if path not in known:
-            raise RewireError(
-                f"the plan does not fit: {path or '(model)'} is no module beside the chains; plan again"
-            )
+    if (why_not := transitions_refused(plan, found)) is not None:
+        raise RewireError(f"the plan does not fit: {why_not}; plan again")
 
 
 def globs_of(globs: Globs) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
-_Data = TypeVar("_Data", "Step", "Skipped")
+_Data = TypeVar("_Data", "Step", "Skipped", "Joined")
 
 Mode = Literal["reverse", "anchor", "keep"]
 """What a step holds for backward: nothing, the input of the step before it, or the graph of its branch."""
@@ -96,6 +96,29 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Children that one module's forward calls one after the other, to run again in backward as one.
+
+    Attributes:
+        module: Path of the module whose forward calls them; `""` is the model itself.
+        children: Their paths relative to `module`, in the order they run.
+    """
+
+    module: str
+    children: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Their paths in the model."""
+        return tuple(f"{self.module}.{child}".lstrip(".") for child in self.children)
+
+    @property
+    def name(self) -> str:
+        """All of them as one word: `conv1+bn1+act1+maxpool`."""
+        return "+".join(self.paths)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `rewire` does to one model. Print it, compare it, or keep it as JSON (`to_json`, `from_json`).
 
@@ -108,6 +131,7 @@ class Plan:
         warnings: What will not come out well, in plain words.
         unsliced: Steps that run on the whole batch although slices were asked for, with reasons.
         recomputed: Modules between the chains that run again in backward from their stored input.
+        joined: Modules that do so together, from the input of the first.
     """
 
     model: str
@@ -118,6 +142,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     unsliced: tuple[Skipped, ...] = ()
     recomputed: tuple[str, ...] = ()
+    joined: tuple[Joined, ...] = ()
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -150,8 +175,9 @@ class Plan:
             exact, warnings = data.get("exact", False), tuple(map(str, data.get("warnings", ())))
             unsliced = tuple(_read(Skipped, s) for s in data.get("unsliced", ()))
             recomputed = tuple(map(str, data.get("recomputed", ())))
+            joined = tuple(_read(Joined, j) for j in data.get("joined", ()))
             own = str(data["model"]), str(data["coupling"])
-            read = cls(*own, chains, skipped, exact, warnings, unsliced, recomputed)
+            read = cls(*own, chains, skipped, exact, warnings, unsliced, recomputed, joined)
         except (KeyError, TypeError) as error:
             raise RewireError(f"not a plan: {error}") from error
         if bad := next(
@@ -201,8 +227,8 @@ class Plan:
                 escape(chain.name), str(len(chain.steps)), " / ".join(trunks), escape("\n".join(kinds))
             )
         yield table
-        if self.recomputed:
-            yield f"run again in backward from their input: {escape(', '.join(self.recomputed))}"
+        if again := (*(joined.name for joined in self.joined), *self.recomputed):
+            yield f"run again in backward from their input: {escape(', '.join(again))}"
         for warning in self.warnings:
             yield f"[yellow]warning:[/] {escape(warning)}"
         for title, places in (("run on the whole batch", self.unsliced), ("left as it is", self.skipped)):

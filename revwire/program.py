@@ -23,16 +23,19 @@ from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, or
 from revwire.overlap import can_overlap
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
+from revwire.siblings import places
 from revwire.slicing import mixes_now
 from revwire.streams import Streams, as_tensor, is_streams, settle
 from revwire.structure import is_object, tree_flatten, tree_unflatten
+from revwire.transitions import run_again
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from revwire.coupling import Coupling
     from revwire.fixed import Exact
-    from revwire.plans import Mode
+    from revwire.plans import Joined, Mode
+    from revwire.siblings import Calls
 
 PROGRAM = "_revwire_program"
 """The attribute that holds a rewired module's `Program`."""
@@ -127,10 +130,17 @@ class Program:
         frame: The module's frame as planned.
         planned: The frame's residuals that are steps, by their index in the frame.
         options: How steps run.
+        joined: The frame's children that run again together, wherever it calls them one after the other.
     """
 
-    def __init__(self, frame: Frame, planned: dict[int, Planned], options: Options) -> None:
-        self.planned, self.options = planned, options
+    def __init__(
+        self,
+        frame: Frame,
+        planned: dict[int, Planned],
+        options: Options,
+        joined: tuple[Joined, ...] = (),
+    ) -> None:
+        self.planned, self.options, self.joined = planned, options, joined
         self.inlined = frozenset(frame.inlined)
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, bool]] = []
@@ -138,8 +148,8 @@ class Program:
 
     def __getstate__(self) -> dict[str, Any]:
         # generated code is made again where the program is loaded, at the first call
-        own = {"planned": self.planned, "options": self.options, "inlined": self.inlined}
-        return {**own, "_variants": [], "_refused": []}
+        own = {"planned": self.planned, "options": self.options, "joined": self.joined}
+        return {**own, "inlined": self.inlined, "_variants": [], "_refused": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         copy = object.__new__(Program)
@@ -200,7 +210,7 @@ class Program:
         del self._variants[: -_MAX_VARIANTS + 1]
         self._variants.append(
             Variant(
-                rewritten_forward(frame, steps),
+                rewritten_forward(frame, steps, self._joined_calls(frame, steps)),
                 frame.output,
                 frame.spec,
                 frame.constants,
@@ -214,6 +224,14 @@ class Program:
             )
         )
 
+    def _joined_calls(self, frame: Frame, steps: Iterable[Residual]) -> dict[Calls, Callable[..., Any]]:
+        taken = {node for residual in steps for node in residual.nodes}
+        return {
+            calls: _joined_runner(joined)
+            for joined in self.joined
+            for calls in places(frame, joined.children, taken)
+        }
+
     @staticmethod
     def _runner(planned: Planned, code: StepCode, compiled: StepCode | None) -> Callable[..., Any]:
         # reads the options from the module it runs for: deep copies share this code, not their options
@@ -224,6 +242,21 @@ class Program:
 
         run.__name__ = run.__qualname__ = "step"
         return run
+
+
+def _joined_runner(joined: Joined) -> Callable[..., Any]:
+    def run(module: nn.Module, x: Any) -> Any:
+        modules = [module.get_submodule(path) for path in joined.children]
+
+        def forward(x: Tensor) -> Tensor:
+            for child in modules:
+                x = child(x)
+            return x
+
+        return run_again(joined.name, modules, forward, module.__dict__[PROGRAM].options, (x,), {})
+
+    run.__name__ = run.__qualname__ = "joined"
+    return run
 
 
 def run_step(

@@ -127,6 +127,11 @@ class Residual:
                 waiting.extend(node.all_input_nodes)
         return frozenset(nodes)
 
+    @property
+    def nodes(self) -> frozenset[fx.Node]:
+        """All nodes that become the step."""
+        return frozenset((*self.inside, *self.post, *self.sums))
+
     @cached_property
     def shared(self) -> tuple[fx.Node, ...]:
         """Values of the branch that the frame uses elsewhere too (attention weights, a second output).

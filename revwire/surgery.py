@@ -289,7 +289,7 @@ def nothing_to_rewire(empty: Plan) -> str:
 def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
     """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
     last = {id(chain.steps[-1]) for chain in chosen.chains if not chain.open}
-    wanted: dict[str, dict[int, Planned]] = {}
+    wanted: dict[str, dict[int, Planned]] = {run.module: {} for run in chosen.joined}
     for step in chosen.steps:
         frame_steps = wanted.setdefault(step.module, {})
         known = frame_steps.get(step.residual)
@@ -309,7 +309,8 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
                 "rewire before whatever replaced it, or exclude the module"
             )
         try:
-            programs[path] = Program(frames[path], steps, options)
+            joined = tuple(run for run in chosen.joined if run.module == path)
+            programs[path] = Program(frames[path], steps, options, joined)
         except TraceFailure as failure:
             raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
     for path, program in programs.items():

@@ -362,7 +362,7 @@ def test_a_plan_keeps_its_dials():
     text = str(plan)
     assert "in 3 slices" in text
     assert "graph kept" in text
-    assert "run again in backward from their input: stem, down, norm" in text
+    assert "run again in backward from their input: norm+head, stem, down" in text
     model = revwire.rewire(net(), x, plan=plan)
     assert_same(results(kept(model), x), results(model, x), tolerance=1e-9)
 
