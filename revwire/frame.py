@@ -63,11 +63,13 @@ class Guards:
     Attributes:
         properties: Of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
         training: The mode it was traced in, if the frame's own code can see `self.training`; else None.
+        settings: The module's numbers, flags and words that its code can see (`self.drop_rate`).
         attributes: Attributes that the code read of objects it was given: (placeholder, names) to the value.
     """
 
     properties: set[str] = field(default_factory=set)
     training: bool | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     attributes: dict[tuple[str, tuple[str, ...]], Any] = field(default_factory=dict)
 
 
@@ -144,6 +146,28 @@ class Frame:
         return (
             self.arguments[int(str(node.target)[len("input_") :])] if node.op == "placeholder" else node.name
         )
+
+
+def names_in(cls: type) -> frozenset[str]:
+    """The names and words that a module class's own methods mention."""
+    owners = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+    codes = [f.__code__ for c in owners for f in vars(c).values() if hasattr(f, "__code__")]
+    names = set[str]()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
+        codes.extend(c for c in code.co_consts if hasattr(c, "co_names"))
+    return frozenset(names)
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The module's own numbers, flags and words that its code mentions, the mode aside."""
+    mentioned = names_in(type(module)) - {"training"}
+    return {
+        key: value
+        for key, value in module.__dict__.items()
+        if key in mentioned and isinstance(value, bool | int | float | str | None)
+    }
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """What a rewired module runs: its frame's rewritten forward for each way it is called.
 
 A frame is traced for one call signature. Another one (an argument that was None, another shape where the code looks at
-shapes, train mode where the code looks at `self.training`) is traced when it first comes; where that fails, the
-original forward runs on the merged tensor, and says so once.
+shapes, train mode where the code looks at `self.training`, another `self.drop_rate`) is traced when it first comes;
+where that fails, the original forward runs on the merged tensor, and says so once.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Variant:
     spec: TreeSpec
     constants: tuple[Any, ...]
     training: bool | None
+    settings: dict[str, Any]
     properties: dict[str, tuple[Any, ...]]
     attributes: tuple[tuple[int, tuple[str, ...], Any], ...]
     inlined: tuple[Inlined, ...]
@@ -118,6 +119,8 @@ class Variant:
             found = TENSOR if _is_tensor(leaf) else constant_for(leaf)
             if found is not constant and not _same(found, constant):
                 return False
+        if any(not _same(module.__dict__.get(key), value) for key, value in self.settings.items()):
+            return False
         if any(not _same(_read(leaves[i], names), value) for i, names, value in self.attributes):
             return False
         return all(_properties(key, leaves) == value for key, value in self.properties.items())
@@ -183,6 +186,9 @@ class Program:
             with recorder.recording():
                 recorder.trace(frame, *examples)
             self._add(frame)
+            assert frame.graph is not None
+            for node in frame.graph.nodes:
+                node.meta.clear()  # nodes hold each other, and their values, until the garbage collector comes
         except TraceFailure as failure:
             return f"its forward {failure}"
         except Exception as error:  # noqa: BLE001 - code that only takes real tensors
@@ -215,6 +221,7 @@ class Program:
                 frame.spec,
                 frame.constants,
                 frame.guards.training,
+                frame.guards.settings,
                 {key: _properties(key, leaves) for key in sorted(frame.guards.properties)},
                 tuple(
                     (int(node[len("input_") :]), names, value)

@@ -29,7 +29,9 @@ from revwire.frame import (
     identity,
     is_input,
     may_inline,
+    names_in,
     original_forward,
+    settings_of,
 )
 from revwire.rearrange import is_rearrangement
 from revwire.residual import joined_arguments
@@ -178,7 +180,7 @@ class Recorder:
         self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run a child's code as part of the frame being traced."""
-        training = module.training if _reads_training(type(module)) else None
+        training = module.training if "training" in names_in(type(module)) else None
         tracer.frame.inlined[path] = Inlined(path, type(module), training)
         attributes = Attributes(module)
         output = original_forward(module)(*args, **kwargs)
@@ -226,7 +228,8 @@ class Recorder:
         leaves, frame.spec = tree_flatten((args, kwargs))
         frame.constants = tuple(map(constant_for, leaves))
         frame.arguments = _argument_names(module, args, kwargs)
-        frame.guards.training = module.training if _reads_training(type(module)) else None
+        frame.guards.settings = settings_of(module)
+        frame.guards.training = module.training if "training" in names_in(type(module)) else None
         inputs = [
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)
@@ -382,18 +385,6 @@ def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is one of torch's own without children: an operation, nothing to look into."""
     return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
-
-
-def _reads_training(cls: type) -> bool:
-    """Whether a module class's own methods mention `training`."""
-    owners = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
-    codes = [f.__code__ for c in owners for f in vars(c).values() if hasattr(f, "__code__")]
-    while codes:
-        code = codes.pop()
-        if "training" in code.co_names or "training" in code.co_consts:
-            return True
-        codes.extend(c for c in code.co_consts if hasattr(c, "co_names"))
-    return False
 
 
 def _first_line(error: Exception) -> str:
