@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from revwire.fixed import Grid
     from revwire.memory.budget import Budget
     from revwire.memory.estimate import Estimate, Estimates, estimate
-    from revwire.plans import Chain, Plan, Skipped, Step
+    from revwire.plans import Chain, Joined, Plan, Skipped, Step
     from revwire.report import Check, Report
     from revwire.rewiring import plan, rewire
     from revwire.schedule import Dr2NetSchedule
@@ -37,6 +37,7 @@ __all__ = [
     "Estimate",
     "Estimates",
     "Grid",
+    "Joined",
     "Momentum",
     "Plan",
     "Re2TAL",
@@ -67,7 +68,7 @@ _HOMES = {
     "revwire.fixed": ("Grid",),
     "revwire.memory.budget": ("Budget",),
     "revwire.memory.estimate": ("Estimate", "Estimates", "estimate"),
-    "revwire.plans": ("Chain", "Plan", "Skipped", "Step"),
+    "revwire.plans": ("Chain", "Joined", "Plan", "Skipped", "Step"),
     "revwire.report": ("Check", "Report"),
     "revwire.rewiring": ("plan", "rewire"),
     "revwire.schedule": ("Dr2NetSchedule",),

@@ -1,8 +1,9 @@
 """The blocks between chains (stem, downsampling, last norm), run again in backward from their stored input.
 
-They are not reversible, so what enters them is kept, as activation checkpointing does, under the same conditions as a
-step's second run (random state, BatchNorm statistics moved once). Where a chain ends in such a block, what is kept is
-the chain's last pair, which backward needs anyway, and not the merged tensor beside it.
+They are modules, or children that a module calls one after the other (conv, norm, act), and not reversible, so what
+enters them is kept, as activation checkpointing does, under the same conditions as a step's second run (random state,
+BatchNorm statistics moved once). Where a chain ends in such a block, what is kept is the chain's last pair, which
+backward needs anyway, and not the merged tensor beside it.
 """
 
 from __future__ import annotations
