@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revwire._torch import FakeTensor
 from revwire.errors import ReplayError
 from revwire.replay import Conditions, no_weight_cache, observe
 from revwire.structure import is_object, snapshot, tree_leaves, tree_map
@@ -193,12 +194,32 @@ class BranchRun:
         """The output of the same run, without grad."""
         return self._run(current, with_grad=False)
 
-    def _run(self, current: Tensor, *, with_grad: bool) -> Tensor:
+    def check_unchanged(self) -> None:
+        """See to it that a run again runs on what the first one ran on.
+
+        Raises:
+            ReplayError: a weight, a buffer or a side input was changed in place since.
+        """
+        assert self.conditions is not None
+        self.conditions.check_unchanged(self.branch.name)
+        self._check_sides()
+
+    def _check_sides(self) -> None:
         if _versions(self.sides) != self._side_versions:
             raise ReplayError(
                 f"{self.branch.name}: what the branch reads beside the trunk (a mask, a table) was changed in place "
                 "between forward and backward, so it cannot be run again as it ran; use the out-of-place form"
             )
+
+    @property
+    def plain_parameters(self) -> bool:
+        """Whether its parameters are tensors of torch's own class."""
+        assert self.conditions is not None
+        held = (held.tensor for held in self.conditions.parameters)
+        return all(type(tensor) in {Tensor, nn.Parameter, FakeTensor} for tensor in held)
+
+    def _run(self, current: Tensor, *, with_grad: bool) -> Tensor:
+        self._check_sides()
         x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
         assert self.conditions is not None
         with self.conditions.restored(self.branch.name), torch.set_grad_enabled(with_grad):

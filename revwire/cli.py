@@ -113,7 +113,7 @@ def _write_page(
     network.train()
     found = None
     if made.chains:
-        rewired = {n: {**(STRATEGIES[n] or {}), **options} for n in ("rewired", "lean")}
+        rewired = {n: {**(STRATEGIES[n] or {}), **options} for n in ("rewired", "transitions", "lean")}
         ways = {"plain": "plain", "checkpoint": "checkpoint", **rewired}
         found = of_steps(
             network,
@@ -243,7 +243,9 @@ def estimate(
     optimizer: Annotated[str, typer.Option(help="adamw, adam, momentum, sgd or none.")] = "adamw",
     strategy: Annotated[
         list[str] | None,
-        typer.Option("--strategy", "-s", help="plain, checkpoint, rewired, anchored or lean; repeatable."),
+        typer.Option(
+            "--strategy", "-s", help="plain, checkpoint, rewired, transitions, anchored or lean; repeatable."
+        ),
     ] = None,
     accumulate: Annotated[
         bool, typer.Option("--accumulate", help="Gradients are there before, as in accumulation and DDP.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,7 @@ def _compile(graph: fx.Graph, filename: str) -> Callable[..., Any]:
     lines = code.src.splitlines(keepends=True)
     linecache.cache[filename] = (len(code.src), None, lines, filename)  # tracebacks show the generated line
     function: Callable[..., Any] = namespace["forward"]
+    weakref.finalize(function, linecache.cache.pop, filename, None)
     return function
 
 

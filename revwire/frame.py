@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, field
+from enum import Enum
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from revwire.structure import is_object
@@ -81,16 +86,19 @@ class Inlined:
         path: Where it is, below the frame's module.
         cls: Its class, whose forward was traced.
         training: The mode it was traced in, if its code can see that; else None.
+        settings: As the frame's own (`Guards.settings`).
     """
 
     path: str
     cls: type[nn.Module]
     training: bool | None
+    settings: dict[str, Any]
 
     def agrees(self, module: nn.Module) -> bool:
         """Whether the child of `module` at this path would still run the code that was traced."""
         child = module.get_submodule(self.path)
-        return type(child) is self.cls and self.training in {None, child.training} and may_inline(child)
+        as_traced = type(child) is self.cls and self.training in {None, child.training}
+        return as_traced and has_settings(child, self.settings) and may_inline(child)
 
 
 def may_inline(module: nn.Module) -> bool:
@@ -148,26 +156,63 @@ class Frame:
         )
 
 
-def names_in(cls: type) -> frozenset[str]:
-    """The names and words that a module class's own methods mention."""
-    owners = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
-    codes = [f.__code__ for c in owners for f in vars(c).values() if hasattr(f, "__code__")]
+def names_in(cls: type, *, entry: str | None = None) -> frozenset[str]:
+    """The names and words that a module class's own methods mention.
+
+    Args:
+        cls: The class.
+        entry: Look into this method and those that it mentions, alone; else into all.
+    """
+    written: dict[str, list[CodeType]] = {}
+    for owner in _own_classes(cls):
+        for name, value in vars(owner).items():
+            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if hasattr(function, "__code__"):
+                written.setdefault(name, []).append(function.__code__)
     names = set[str]()
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
-        codes.extend(c for c in code.co_consts if hasattr(c, "co_names"))
+    waiting = [code for name, codes in written.items() if entry in {None, name} for code in codes]
+    while waiting:
+        code = waiting.pop()
+        mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+        if entry is not None:
+            waiting.extend(c for name in mentioned - names for c in written.get(name, ()))
+        names |= mentioned
+        waiting.extend(c for c in code.co_consts if isinstance(c, CodeType))
     return frozenset(names)
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The module's own numbers, flags and words that its code mentions, the mode aside."""
-    mentioned = names_in(type(module)) - {"training"}
-    return {
-        key: value
-        for key, value in module.__dict__.items()
-        if key in mentioned and isinstance(value, bool | int | float | str | None)
-    }
+    """The numbers, flags, words and lists of such that a module's forward mentions of it, the mode aside."""
+    mentioned = names_in(type(module), entry="forward") - {"training"}
+    of_class: dict[str, Any] = {}
+    for owner in reversed(_own_classes(type(module))):
+        of_class |= vars(owner)
+    held = (of_class | module.__dict__).items()
+    return {key: copy.copy(value) for key, value in held if key in mentioned and _is_setting(value)}
+
+
+def _own_classes(cls: type) -> list[type]:
+    return [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+
+
+_ABSENT = object()
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, bool | int | float | complex | str | None | Enum | torch.dtype)
+
+
+def has_settings(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether a module's settings are these."""
+    return all(_alike(getattr(module, key, _ABSENT), value) for key, value in settings.items())
+
+
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or (math.isnan(one) and math.isnan(other))
+    return type(one) is type(other) and one == other
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_SIDES: dict[torch.device, Any] = {}
+_SIDES: dict[tuple[torch.device, Any], Any] = {}
 
 
 def can_overlap(device: torch.device) -> bool:
@@ -63,9 +63,11 @@ class Ahead:
     @contextmanager
     def running(self) -> Iterator[None]:
         """What the block issues runs on the side."""
-        if self._device not in _SIDES:
-            _SIDES[self._device] = new_stream(self._module, self._device)
-        side = _SIDES[self._device]
+        # one for each main stream: what comes back to a side's pool, only its own main has seen the last of
+        pair = self._device, self._main
+        if pair not in _SIDES:
+            _SIDES[pair] = new_stream(self._module, self._device)
+        side = _SIDES[pair]
         side.wait_stream(self._main)
         with self._module.stream(side):
             try:

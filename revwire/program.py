@@ -19,7 +19,16 @@ from revwire.attention import AttentionInParts
 from revwire.branch import Branch, Cut
 from revwire.codegen import StepCode, owner_of, rewritten_forward, step_code
 from revwire.compiling import compiled_code
-from revwire.frame import TENSOR, Frame, Inlined, TraceFailure, constant_for, original_forward
+from revwire.frame import (
+    TENSOR,
+    Frame,
+    Inlined,
+    TraceFailure,
+    constant_for,
+    has_settings,
+    original_forward,
+    settings_of,
+)
 from revwire.overlap import can_overlap
 from revwire.record import Recorder
 from revwire.residual import Residual, find_blocks, find_residuals
@@ -119,7 +128,7 @@ class Variant:
             found = TENSOR if _is_tensor(leaf) else constant_for(leaf)
             if found is not constant and not _same(found, constant):
                 return False
-        if any(not _same(module.__dict__.get(key), value) for key, value in self.settings.items()):
+        if not has_settings(module, self.settings):
             return False
         if any(not _same(_read(leaves[i], names), value) for i, names, value in self.attributes):
             return False
@@ -146,7 +155,7 @@ class Program:
         self.planned, self.options, self.joined = planned, options, joined
         self.inlined = frozenset(frame.inlined)
         self._variants: list[Variant] = []
-        self._refused: list[tuple[TreeSpec, bool]] = []
+        self._refused: list[tuple[TreeSpec, bool, dict[str, Any]]] = []
         self._add(frame)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,10 +176,11 @@ class Program:
         for variant in self._variants:
             if variant.fits(module, leaves, spec):
                 return variant.run(module, inputs)
-        if (spec, module.training) not in self._refused:
+        way = spec, module.training, settings_of(module)
+        if way not in self._refused:
             if (failure := self._trace(module, args, kwargs)) is None:
                 return self._variants[-1].run(module, inputs)
-            self._refused.append((spec, module.training))
+            self._refused.append(way)
             warnings.warn(
                 f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {failure}",
                 stacklevel=3,

@@ -181,7 +181,7 @@ class Recorder:
     ) -> Any:
         """Run a child's code as part of the frame being traced."""
         training = module.training if "training" in names_in(type(module)) else None
-        tracer.frame.inlined[path] = Inlined(path, type(module), training)
+        tracer.frame.inlined[path] = Inlined(path, type(module), training, settings_of(module))
         attributes = Attributes(module)
         output = original_forward(module)(*args, **kwargs)
         if changed := attributes.changed():

@@ -87,8 +87,7 @@ class Conditions:
         Raises:
             ReplayError: a weight or buffer was changed in place since the forward, or freed.
         """
-        for held in (*self.parameters, *self.buffers):
-            _check(held, where)
+        self.check_unchanged(where)
         with ExitStack() as stack:
             for owner, key, value in self._loans():
                 stack.enter_context(_lent(owner, key, value))
@@ -101,6 +100,15 @@ class Conditions:
                     allow(wanted)
                     stack.callback(allow, now)
             yield
+
+    def check_unchanged(self, where: str) -> None:
+        """See to it that weights and buffers are as the forward found them.
+
+        Raises:
+            ReplayError: one was changed in place since, or freed.
+        """
+        for held in (*self.parameters, *self.buffers):
+            _check(held, where)
 
     def _loans(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """What differs from the forward, as (where it is held, its name, what it was)."""

@@ -254,11 +254,11 @@ def _is_addition(node: fx.Node) -> bool:
 
 
 def _two_terms(node: fx.Node) -> bool:
-    return (
-        len(node.args) == 2
-        and not node.kwargs
-        and all(isinstance(a, fx.Node) and isinstance(a.meta.get("value"), Tensor) for a in node.args)
-    )
+    if len(node.args) != 2 or node.kwargs:
+        return False
+    terms = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("value"), Tensor)]
+    # a bias is part of what it is added to
+    return len(terms) == 2 and all(term.op != "get_attr" for term in terms)
 
 
 def _flatten(total: fx.Node, inner: set[fx.Node]) -> tuple[fx.Node, ...]:

@@ -21,16 +21,21 @@ Calls = tuple[fx.Node, ...]
 
 
 def lines(frame: Frame, taken: Collection[fx.Node]) -> list[Calls]:
-    """The longest sequences of such calls in a frame, single ones too, without the nodes that are `taken`."""
+    """The longest sequences of such calls in a frame, nothing in between, single ones too, without what is `taken`."""
     assert frame.graph is not None
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in frame.graph.nodes:
+    found: list[list[fx.Node]] = []
+    last: fx.Node | None = None
+    for node in (n for n in frame.graph.nodes if n.op not in {"placeholder", "get_attr"}):
+        # what runs in between may draw random numbers, in an order that has to stay
+        before, last = last, node
         if node in taken or not _is_function_of_one(node):
             continue
-        before = node.args[0]
-        line = found.pop(before, []) if len(before.users) == 1 else []
-        found[node] = [*line, node]
-    return [tuple(line) for line in found.values()]
+        end = found[-1][-1] if found else None
+        if end is not None and end is before and end is node.args[0] and len(end.users) == 1:
+            found[-1].append(node)
+        else:
+            found.append([node])
+    return list(map(tuple, found))
 
 
 def places(frame: Frame, children: tuple[str, ...], taken: Collection[fx.Node]) -> Iterator[Calls]:

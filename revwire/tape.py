@@ -196,6 +196,8 @@ class Link:
         if (ahead := now.ahead.pop(self.position, None)) is None:
             return None
         ahead.join()
+        # a weight may have been updated meanwhile (an optimizer in a hook of its gradient)
+        self.runs[0].check_unchanged()
         return ahead.saved
 
     def run_ahead(self, now: Pass) -> None:
@@ -203,8 +205,11 @@ class Link:
         assert self.next is not None
         pair = now.below.get(self.next.position)
         whole = self.branch.cut is None and len(self.runs) == 1 and not self.runs[0].silent
-        # an exact step takes what it is reconstructed from out of a store of its own
+        # an exact step takes what it is reconstructed from out of a store of its own; parameters of another class than
+        # torch's (sharded ones) may do more than compute when they are used
         if pair is None or not self.branch.overlap or not whole or self.weights is None:
+            return
+        if not self.runs[0].plain_parameters:
             return
         if (self.position, 0) in now.saved or self.position in now.opened:
             return
@@ -289,13 +294,15 @@ class Link:
             weights.retreat_(self._slice(opened.following, part), self._slice(opened.current, part), out)
 
     def _close(self, now: Pass, opened: Opened) -> None:
-        now.opened.pop(self.position)
         if self.bottom:
+            now.opened.pop(self.position)
             return
         with torch.no_grad():
             pair = self._previous(opened), opened.current
             for undo in self.undo:
                 pair = undo(pair[0]), undo(pair[1])
+        # only now: where there is no pair to be had, whoever asks again is told so again
+        now.opened.pop(self.position)
         now.below[self.position] = pair
 
     def _previous(self, opened: Opened) -> Tensor:
@@ -319,8 +326,9 @@ class Link:
     def _take(self, now: Pass, *, last: bool) -> Around:
         """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain, if it is the `last` to ask."""
         if self.next is not None:
-            if self.next.position in now.ahead:
-                now.ahead[self.next.position].join()
+            if (ahead := now.ahead.get(self.next.position)) is not None:
+                ahead.join()
+                self.next.runs[0].check_unchanged()
             return now.below.pop(self.next.position)
         if self.end is None:
             raise self._freed("the end")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from races import Device, Races, Stream
+from torch import nn
 
 import revwire
 from revwire import overlap, program
@@ -150,6 +151,68 @@ def test_weights_changed_below_what_is_asked_for_are_no_error(device):
         torch.autograd.grad(loss, upper, retain_graph=True)
         with pytest.raises(revwire.ReplayError, match="changed in place"):
             loss.backward()
+
+    assert not raced(device, work).found
+
+
+class Biased(nn.Module):
+    """A branch whose last operation saves nothing: its bias has its gradient before the branch runs again."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc, self.bias = nn.Linear(dim, dim), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        return x + (self.fc(x).tanh() + self.bias)
+
+
+def stack():
+    torch.manual_seed(0)
+    return nn.Sequential(*(Biased(8) for _ in range(4))).double(), torch.randn(3, 8, dtype=torch.float64)
+
+
+def test_a_weight_updated_in_a_hook_meanwhile_is_found_out(device):
+    model, x = stack()
+    model = revwire.rewire(model, x, overlap=True)
+
+    def update(bias):
+        with torch.no_grad():
+            bias.sub_(bias.grad)
+
+    model[1].bias.register_post_accumulate_grad_hook(update)
+    with pytest.raises(revwire.ReplayError, match=r"1.*bias was changed in place"):
+        gradients(model, x)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stream_changed_in_place_is_told_the_same_way(device, overlap):
+    model, x = stack()
+
+    seen = []
+    model = revwire.rewire(model, x, overlap=overlap, anchor="*")
+    model[0].register_forward_hook(lambda _, args, output: seen.append(output.current.detach()))
+
+    def change(module, args):
+        seen[-1].add_(1)
+
+    model[3].register_forward_pre_hook(change)
+    with pytest.raises(revwire.ReplayError, match="input of its chain has been modified"):
+        gradients(model, x)
+
+
+def test_two_models_on_streams_of_their_own(device):
+    (one, x), (other, y) = stack(), stack()
+    one, other = (revwire.rewire(model, x, overlap=True) for model in (one, other))
+    streams = Stream(), Stream()
+
+    def work():
+        for stream in streams:
+            stream.wait_stream(device.main)
+        for _ in range(2):
+            for model, batch, stream in ((one, x, streams[0]), (other, y, streams[1])):
+                with device.stream(stream):
+                    loss = model(batch).square().mean()
+                    loss.backward()
 
     assert not raced(device, work).found
 

@@ -117,6 +117,35 @@ def test_layer_drop_while_training():
         assert_replayed_as_kept(model.train(), x, seed)
 
 
+class Biased(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.fc, self.bias, self.order = nn.Linear(8, 8), nn.Parameter(torch.randn(8)), order
+
+    def forward(self, x):
+        out = self.fc(x).tanh()
+        if self.order == "branch first":
+            return x + (out + self.bias)
+        if self.order == "bias first":
+            return x + (self.bias + out)
+        return x + out + self.bias
+
+
+@pytest.mark.parametrize("order", ["branch first", "bias first"])
+def test_a_branch_that_ends_in_a_bias(order):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Biased(order) for _ in range(4))), torch.randn(3, 8)
+    assert len(list(revwire.plan(model, x).steps)) == 4
+    report = revwire.verify(model, x)
+    assert report.ok, report
+
+
+def test_a_bias_added_after_the_sum_leaves_the_chain():
+    """As any other sum of the merged trunk; what it computes is the same."""
+    model, x = nn.Sequential(*(Biased("after") for _ in range(4))), torch.randn(3, 8)
+    assert not revwire.plan(model, x).chains
+
+
 def test_shared_weights():
     class Net(nn.Module):
         def __init__(self):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from enum import Enum
 
 import pytest
 import torch
@@ -258,6 +259,83 @@ def test_a_setting_changed_afterwards_counts():
     model = rewired(Setting().double()).eval()
     before, model.gain = model(x_of()), 3.0
     assert_same([3 * before], [model(x_of())])
+
+
+class Scaled(Net):
+    """Settings of every kind that a forward may read: its own number, a list, an enum's, and a helper's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.scales, self.mode, self.steps = 1.0, [1.0, 1.0], Mode.ONCE, 0
+
+    def forward(self, x):
+        out = super().forward(x)
+        if self.checked and bool((out > 1e9).any()):
+            raise ValueError("too large")
+        return self.scaled(out)
+
+    def scaled(self, x):
+        return x * self.gain * self.scales[1] * (2 if self.mode is Mode.TWICE else 1)
+
+    checked = False
+
+    def advance(self):
+        self.steps += 1
+
+
+class Mode(Enum):
+    ONCE = 1
+    TWICE = 2
+
+
+def test_settings_of_every_kind_count():
+    model = rewired(Scaled().double()).eval()
+    wanted = model(x_of())
+    for change, factor in (
+        (lambda: setattr(model, "gain", 3.0), 3),
+        (lambda: setattr(model, "scales", [1.0, 2.0]), 6),
+        (lambda: model.scales.__setitem__(1, 4.0), 12),
+        (lambda: setattr(model, "mode", Mode.TWICE), 24),
+        (lambda: setattr(model, "gain", 1.0), 8),
+    ):
+        change()
+        assert_same([factor * wanted], [model(x_of())])
+
+
+def test_what_forward_does_not_read_may_change_at_every_step():
+    model = rewired(Scaled().double())
+    for _ in range(5):
+        model.advance()
+        loss(model(x_of())).backward()
+    # one more than at first: train mode
+    assert len(model.__dict__[PROGRAM]._variants) <= 2
+
+
+def test_a_setting_that_cannot_be_traced_stands_alone():
+    """What was refused is that way of running, not the ones to come."""
+    model = rewired(Scaled().double()).eval()
+    wanted = model(x_of())
+    model.checked = True
+    with pytest.warns(UserWarning, match="cannot be rewired"):
+        model(x_of())
+    model.checked, model.gain = False, 3.0
+    before = len(model.__dict__[PROGRAM]._variants)
+    assert_same([3 * wanted], [model(x_of())])
+    assert len(model.__dict__[PROGRAM]._variants) == before + 1
+
+
+def test_what_runs_between_two_siblings_parts_them():
+    """Random numbers are drawn in the order in which they always were."""
+
+    class Drawing(Net):
+        def stem(self, x):
+            x = self.drop1(self.conv1(x))
+            noise = torch.rand_like(x[:1])
+            return self.maxpool(self.act1(self.bn1(x))) + noise.mean()
+
+    torch.manual_seed(0)
+    model = rewired(Drawing(dropout=0.5).double())
+    assert_same(results(kept(model), x_of()), results(model, x_of()), tolerance=1e-9)
 
 
 def test_a_call_that_changes_what_enters_runs_as_before():

@@ -36,7 +36,7 @@ _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = 
     "sgd": torch.optim.SGD,
     "momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
 }
-COMMON = ("plain", "checkpoint", "rewired", "lean")
+COMMON = ("plain", "checkpoint", "rewired", "transitions", "lean")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _MOST = 2**20
 _SHOWN = 4

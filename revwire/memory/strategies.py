@@ -19,6 +19,7 @@ STRATEGIES: dict[str, Mapping[str, Any] | None] = {
     "plain": None,
     "checkpoint": None,
     "rewired": {},
+    "transitions": {"transitions": "checkpoint"},
     "anchored": {"anchor": "*", "transitions": "checkpoint"},
     "lean": {"chunks": 8, "transitions": "checkpoint"},
 }
