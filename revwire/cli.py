@@ -248,7 +248,7 @@ def estimate(
         ),
     ] = None,
     accumulate: Annotated[
-        bool, typer.Option("--accumulate", help="Gradients are there before, as in accumulation and DDP.")
+        bool, typer.Option("--accumulate", help="Gradients are there before, as in accumulation.")
     ] = False,
     device: Annotated[str, typer.Option(help="The kind of device the step is for: cpu, cuda.")] = "cpu",
     arch: ArchOption = None,

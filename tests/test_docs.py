@@ -302,6 +302,8 @@ def test_yaml_and_json_blocks_can_be_read():
 
 # --- links, figures
 
+REWIRED = ("rewired", "transitions", "lean")
+
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files(path):
@@ -310,6 +312,31 @@ def test_links_lead_to_files(path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if not re.match(r"https?:", target) and target not in made:
             assert (path.parent / target).exists(), target
+
+
+def test_the_readme_s_tables_of_bytes_and_seconds_are_those_of_the_committed_runs():
+    def rows_of(name):
+        return json.loads((record.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "")
+    cases = {}
+    for row in rows_of("memory-cpu-none"):
+        cases.setdefault(row["case"].replace(" batch", ""), {})[row["strategy"]] = row
+    for case, ways in cases.items():
+        peaks = [ways[way].get("peak_bytes") for way in ("plain", "checkpoint", *REWIRED)]
+        shown = ["-" if peak is None else f"{peak / 2**20:.3g}" for peak in peaks]
+        shown = [f"{float(peak):.1f}" if peak != "-" and float(peak) < 100 else peak for peak in shown]
+        times = [ways[way].get("ratio_to_plain") for way in ("checkpoint", *REWIRED)]
+        ratios = ["-" if ratio is None else f"{ratio['seconds']:.2f}" for ratio in times]
+        to_checkpoint = (
+            f"{ways[way]['ratio_to_checkpoint']['seconds']:.2f}" for way in ("rewired", "budget=checkpoint")
+        )
+        cells = (case, " / ".join(shown), ", ".join(ratios), *to_checkpoint)
+        assert f"| {' | '.join(cells)} |" in readme
+    for row in rows_of("peers-cpu-float32"):
+        ratio = row.get("ratio_to_plain", {"seconds": 1})["seconds"]
+        sizes = (row[key] / 2**20 for key in ("held_bytes", "peak_bytes"))
+        assert f" | {' | '.join([f'{ratio:.2f}', *(f'{size:.1f}' for size in sizes)])} |" in readme, row
 
 
 def test_the_accuracies_of_the_couplings_are_those_of_the_committed_runs():

@@ -165,8 +165,8 @@ def estimate(
         loss_fn: From the model's output to a scalar; the mean square of all outputs if not given.
         autocast: Run the forward under autocast to this dtype.
         accumulate: Gradients are there when the step begins, as in gradient accumulation, after
-            `zero_grad(set_to_none=False)` and in DDP, whose buckets stay. If not, they come as activations go, and the
-            peak is lower.
+            `zero_grad(set_to_none=False)` and in DDP with `gradient_as_bucket_view=True`. If not, they come as
+            activations go, and the peak is lower.
         limit: A size, in bytes or such as `"24GiB"`: find the largest input whose step fits.
         vary: Which dimension of the first input tensor to vary for it: 0, the batch.
         device: Type of the device that the step is for, as kernels differ; the model's own if not given.
