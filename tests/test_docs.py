@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 import revwire
 from benchmarks import finetune, record, sizing
+from benchmarks.strategies import STRATEGIES as MEASURED
 from examples.re2tal.config import read_config
 from revwire import cli
 from revwire.checkpoint.hub import is_hub
@@ -259,7 +260,8 @@ def parse(command, words, *, whole, **of_context):
         coupling_of(told["coupling"])
     if told.get("limit"):
         size_of(told["limit"])
-    assert set(told.get("strategy") or ()) <= set(STRATEGIES)
+    known = STRATEGIES if "parent" in of_context else MEASURED
+    assert set(told.get("strategy") or ()) <= set(known)
     parse_arguments(told.get("model_args"))
     parse_size(told.get("input_size"))
     for name in [told["config"]] if "config" in told else told.get("configs", []):
