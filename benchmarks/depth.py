@@ -26,13 +26,14 @@ from benchmarks import record, screen
 from benchmarks.memory import Amp, timm_case
 from benchmarks.report import METHOD, document, progress_bar, table, write
 from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import worth_measuring
+from benchmarks.strategies import STRATEGIES, chosen
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 DEPTHS = (12, 24, 48, 96)
+DRAWN = ("plain", "checkpoint", "rewired", "lean")
 _MIB = 2**20
 
 
@@ -142,6 +143,14 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     amp: Annotated[Amp, typer.Option(help="Autocast of the forward.")] = Amp.none,
     rounds: Annotated[int, typer.Option(min=0, help="Timed steps of each strategy; 0: no clock.")] = 5,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--strategy",
+            "-s",
+            help=f"One of {', '.join(STRATEGIES)}; repeat; {', '.join(DRAWN)} if not given.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, images and labels.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
@@ -162,9 +171,9 @@ def main(
         cases = [depth_case(d, model, batch=batch, size=size, device=device, seed=seed) for d in depths]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    strategies = worth_measuring(device)
-    with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
-        rows = run(cases, strategies, rounds=rounds, autocast=amp.dtype, progress=progress)
+    ways = chosen(strategy or DRAWN, amp.dtype)
+    with progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
+        rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     blocks = {case.name: case.about["blocks"] for case in cases}
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.depth", settings)

@@ -27,7 +27,7 @@ from torch.nn import functional
 from benchmarks import record, screen
 from benchmarks.report import METHOD, document, progress_bar, save, table
 from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES, strategies_for, worth_measuring
+from benchmarks.strategies import STRATEGIES, chosen, worth_measuring
 from revwire.errors import RevwireError
 from revwire.libraries.timm_models import create
 from revwire.memory.estimate import estimate
@@ -176,16 +176,12 @@ def main(
     Only two ways: python -m benchmarks.memory -s checkpoint -s rewired -m resnet50@8
     """
     console = screen.console()
-    strategies = strategy or worth_measuring(device)
-    if unknown := [s for s in strategies if s not in STRATEGIES]:
-        message = f"{unknown[0]!r} is not one of {', '.join(STRATEGIES)}"
-        raise typer.BadParameter(message, param_hint="--strategy")
+    ways = chosen(strategy or worth_measuring(device), amp.dtype)
     try:
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    with progress_bar(steps_to_come(len(cases), len(strategies), rounds)) as progress:
-        ways = strategies_for(strategies, amp.dtype)
+    with progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
         rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)

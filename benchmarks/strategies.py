@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import typer
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
@@ -53,12 +54,19 @@ def worth_measuring(device: str) -> list[str]:
     ]
 
 
-def strategies_for(names: Iterable[str], autocast: torch.dtype | None) -> dict[str, Strategy]:
-    """Some of `STRATEGIES`, for a step under autocast."""
-    chosen = {name: STRATEGIES[name] for name in names}
+def chosen(names: Iterable[str], autocast: torch.dtype | None) -> dict[str, Strategy]:
+    """Some of `STRATEGIES`, for a step under autocast.
+
+    Raises:
+        typer.BadParameter: there is no such strategy.
+    """
+    named = list(names)
+    if unknown := [name for name in named if name not in STRATEGIES]:
+        message = f"{unknown[0]!r} is not one of {', '.join(STRATEGIES)}"
+        raise typer.BadParameter(message, param_hint="--strategy")
     return {
-        name: partial(strategy, autocast=autocast) if strategy in BUDGETED.values() else strategy
-        for name, strategy in chosen.items()
+        name: partial(STRATEGIES[name], autocast=autocast) if name in BUDGETED else STRATEGIES[name]
+        for name in named
     }
 
 
