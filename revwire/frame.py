@@ -206,13 +206,17 @@ def _is_setting(value: object) -> bool:
 
 def has_settings(module: nn.Module, settings: dict[str, Any]) -> bool:
     """Whether a module's settings are these."""
-    return all(_alike(getattr(module, key, _ABSENT), value) for key, value in settings.items())
+    return all(same(getattr(module, key, _ABSENT), value) for key, value in settings.items())
 
 
-def _alike(one: object, other: object) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return one == other or (math.isnan(one) and math.isnan(other))
-    return type(one) is type(other) and one == other
+def same(one: object, other: object) -> bool:
+    """Whether a value is the one that code was traced with."""
+    try:
+        if one is other or (type(one) is type(other) and bool(one == other)):
+            return True
+        return isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
+    except Exception:  # noqa: BLE001 - an object whose == is no yes or no is another object
+        return False
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from revwire.frame import (
     constant_for,
     has_settings,
     original_forward,
+    same,
     settings_of,
 )
 from revwire.overlap import can_overlap
@@ -126,11 +127,11 @@ class Variant:
             return False
         for leaf, constant in zip(leaves, self.constants, strict=True):
             found = TENSOR if _is_tensor(leaf) else constant_for(leaf)
-            if found is not constant and not _same(found, constant):
+            if found is not constant and not same(found, constant):
                 return False
         if not has_settings(module, self.settings):
             return False
-        if any(not _same(_read(leaves[i], names), value) for i, names, value in self.attributes):
+        if any(not same(_read(leaves[i], names), value) for i, names, value in self.attributes):
             return False
         return all(_properties(key, leaves) == value for key, value in self.properties.items())
 
@@ -176,16 +177,21 @@ class Program:
         for variant in self._variants:
             if variant.fits(module, leaves, spec):
                 return variant.run(module, inputs)
-        way = spec, module.training, settings_of(module)
-        if way not in self._refused:
+        if not self._has_refused(module, spec):
             if (failure := self._trace(module, args, kwargs)) is None:
                 return self._variants[-1].run(module, inputs)
-            self._refused.append(way)
+            self._refused.append((spec, module.training, settings_of(module)))
             warnings.warn(
                 f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {failure}",
                 stacklevel=3,
             )
         return original_forward(module)(*settle(args), **settle(kwargs))
+
+    def _has_refused(self, module: nn.Module, spec: TreeSpec) -> bool:
+        return any(
+            refused == spec and training is module.training and has_settings(module, settings)
+            for refused, training, settings in self._refused
+        )
 
     def _trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Add a variant for a new way of calling; returns why there can be none."""
@@ -351,13 +357,6 @@ def _in_parts(
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor | Streams)
-
-
-def _same(left: Any, right: Any) -> bool:
-    try:
-        return left is right or (type(left) is type(right) and bool(left == right))
-    except Exception:  # noqa: BLE001 - an object whose == is no yes or no is another object
-        return False
 
 
 def _read(leaf: Any, names: tuple[str, ...]) -> Any:

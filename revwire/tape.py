@@ -178,8 +178,9 @@ class Link:
         if self.tape.watch is not None:
             self.tape.watch.settle()
         if (self.position, part) not in now.saved:
-            saved = self._ran_ahead(now)
-            now.saved[self.position, part] = self._replay(now, part) if saved is None else saved
+            ahead = self.join_ahead(now)
+            now.saved[self.position, part] = self._replay(now, part) if ahead is None else ahead.saved
+            now.ahead.pop(self.position, None)
             below = None if self.before is None else self.before()
             if below is not None and backward_pass() != -1:
                 below.run_ahead(now)
@@ -191,14 +192,13 @@ class Link:
                 "autograd.Function in the branch should read ctx.saved_tensors only once"
             ) from None
 
-    def _ran_ahead(self, now: Pass) -> dict[int, Tensor] | None:
-        """What the branch saved, if it ran ahead."""
-        if (ahead := now.ahead.pop(self.position, None)) is None:
-            return None
-        ahead.join()
-        # a weight may have been updated meanwhile (an optimizer in a hook of its gradient)
-        self.runs[0].check_unchanged()
-        return ahead.saved
+    def join_ahead(self, now: Pass) -> Ahead | None:
+        """Wait for the branch's run ahead, if there is one."""
+        if (ahead := now.ahead.get(self.position)) is not None:
+            ahead.join()
+            # a weight may have been updated meanwhile (an optimizer in a hook of its gradient)
+            self.runs[0].check_unchanged()
+        return ahead
 
     def run_ahead(self, now: Pass) -> None:
         """Run the branch again before a ticket asks for it: beside the gradients of the step after this one."""
@@ -326,9 +326,7 @@ class Link:
     def _take(self, now: Pass, *, last: bool) -> Around:
         """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain, if it is the `last` to ask."""
         if self.next is not None:
-            if (ahead := now.ahead.get(self.next.position)) is not None:
-                ahead.join()
-                self.next.runs[0].check_unchanged()
+            self.next.join_ahead(now)
             return now.below.pop(self.next.position)
         if self.end is None:
             raise self._freed("the end")

@@ -22,14 +22,18 @@ MODELS = {
 }
 
 
-@pytest.fixture
-def device(monkeypatch):
+def with_streams(patch):
     """A CPU that has streams, as far as revwire knows."""
     device = Device()
-    monkeypatch.setattr(overlap, "device_module", lambda _: device)
-    monkeypatch.setattr(overlap, "_SIDES", {})
-    monkeypatch.setattr(program, "can_overlap", lambda _: True)
+    patch.setattr(overlap, "device_module", lambda _: device)
+    patch.setattr(overlap, "_SIDES", {})
+    patch.setattr(program, "can_overlap", lambda _: True)
     return device
+
+
+@pytest.fixture
+def device(monkeypatch):
+    return with_streams(monkeypatch)
 
 
 def built(name, seed=0, **more):
@@ -245,10 +249,7 @@ def test_an_error_in_backward_leaves_nothing_running(device):
 )
 def test_no_race_whatever_takes_part(frozen, taps, slices, exact, create_graph, seed):
     with pytest.MonkeyPatch.context() as patch:
-        device = Device()
-        patch.setattr(overlap, "device_module", lambda _: device)
-        patch.setattr(overlap, "_SIDES", {})
-        patch.setattr(program, "can_overlap", lambda _: True)
+        device = with_streams(patch)
         model, x = built("vit_tiny_patch16_224", seed, drop_path_rate=0.1)
         if exact:
             model, x = model.float(), x.float()
