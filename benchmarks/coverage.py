@@ -41,17 +41,17 @@ from benchmarks.coverage_report import Planned, Verified
 from benchmarks.operators import ResidualCounter
 from benchmarks.zoo import SOURCES, Entry, entries, fewer_blocks
 from revwire import ReplayError
-from revwire.coupling import Re2TAL
-from revwire.memory.measure import LiveBytes
-from revwire.probe import make_plan, probe
-from revwire.program import Options
-from revwire.surgery import apply_plan, call_arguments
+from revwire.find.probe import make_plan, probe
+from revwire.measure.step import LiveBytes
+from revwire.rewrite.program import Options
+from revwire.rewrite.swap import apply_plan, call_arguments
+from revwire.run.coupling import Re2TAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from revwire.plans import Plan
+    from revwire.planning.plan import Plan
 
 NAME = "coverage"
 PATIENCE_S = 600

@@ -20,7 +20,7 @@ from benchmarks import record, zoo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from revwire.plans import Plan
+    from revwire.planning.plan import Plan
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 _MIB = 2**20

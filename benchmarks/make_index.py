@@ -25,7 +25,7 @@ from revwire.errors import RevwireError
 from revwire.libraries import INDEXED, Architecture, torchvision_models, variants
 
 if TYPE_CHECKING:
-    from revwire.libraries.outline import Shapes
+    from revwire.libraries.comparison import Shapes
 
 
 def main(

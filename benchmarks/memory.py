@@ -30,8 +30,8 @@ from benchmarks.steps import Case, Row, run, steps_to_come
 from benchmarks.strategies import STRATEGIES, chosen, worth_measuring
 from revwire.errors import RevwireError
 from revwire.libraries.timm_models import create
-from revwire.memory.estimate import estimate
-from revwire.memory.strategies import STRATEGIES as ESTIMATED
+from revwire.measure.estimate import estimate
+from revwire.measure.strategies import STRATEGIES as ESTIMATED
 
 __all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]
 

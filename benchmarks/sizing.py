@@ -23,8 +23,8 @@ from torch.distributed.fsdp import fully_shard
 
 import revwire
 from benchmarks import record
-from revwire.memory.measure import LiveBytes
-from revwire.memory.strategies import treated
+from revwire.measure.step import LiveBytes
+from revwire.measure.strategies import treated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.strategies import STRATEGIES
 from revwire.errors import RevwireError
-from revwire.memory.measure import measure_step, time_alternating, training_step
+from revwire.measure.step import measure_step, time_alternating, training_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from benchmarks.strategies import Strategy
-    from revwire.memory.measure import Loss, StepMemory, Timing
+    from revwire.measure.step import Loss, StepMemory, Timing
 
 
 @dataclass(frozen=True)

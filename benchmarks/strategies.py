@@ -16,8 +16,8 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 import revwire
-from revwire.memory.strategies import STRATEGIES as ESTIMATED
-from revwire.memory.strategies import treated
+from revwire.measure.strategies import STRATEGIES as ESTIMATED
+from revwire.measure.strategies import treated
 
 Strategy = Callable[[nn.Module, Any], nn.Module]
 

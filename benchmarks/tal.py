@@ -34,7 +34,7 @@ from examples.re2tal.logs import Log
 from examples.re2tal.memory import lay_out
 from examples.re2tal.setup import backbone_of
 from examples.re2tal.trainer import Trainer
-from revwire.memory.measure import mean_square, measure_step
+from revwire.measure.step import mean_square, measure_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

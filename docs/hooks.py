@@ -13,7 +13,7 @@ import typer
 from mkdocs.structure.files import File
 from typer.cli import get_docs_for_click
 
-from revwire.cli import app
+from revwire.cli.app import app
 
 if TYPE_CHECKING:
     from mkdocs.structure.files import Files

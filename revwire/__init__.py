@@ -8,22 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from revwire.checkpoint import convert, load, save, to_original
-    from revwire.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
-    from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
-    from revwire.fixed import Grid
-    from revwire.memory.budget import Budget
-    from revwire.memory.estimate import Estimate, Estimates, estimate
-    from revwire.plans import Chain, Joined, Plan, Skipped, Step
-    from revwire.report import Check, Report
-    from revwire.rewiring import plan, rewire
-    from revwire.schedule import Dr2NetSchedule
-    from revwire.streams import Streams
-    from revwire.surgery import plan_of, unwire, unwired
-    from revwire.verification import verify
+from revwire.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from revwire.api import plan, rewire
+    from revwire.checkpoint import convert, load, save, to_original
+    from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
+    from revwire.measure.budget import Budget
+    from revwire.measure.estimate import Estimate, Estimates, estimate
+    from revwire.measure.report import Check, Report
+    from revwire.measure.verify import verify
+    from revwire.planning.plan import Chain, Joined, Plan, Skipped, Step
+    from revwire.rewrite.schedule import Dr2NetSchedule
+    from revwire.rewrite.swap import plan_of, unwire, unwired
+    from revwire.run.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
+    from revwire.run.exact import Grid
+    from revwire.run.streams import Streams
 
 __all__ = [
     "BDIA",
@@ -48,6 +48,7 @@ __all__ = [
     "Skipped",
     "Step",
     "Streams",
+    "__version__",
     "convert",
     "estimate",
     "load",
@@ -63,18 +64,18 @@ __all__ = [
 
 _HOMES = {
     "revwire.checkpoint": ("convert", "load", "save", "to_original"),
-    "revwire.coupling": ("BDIA", "Coupling", "Dr2Net", "Momentum", "Re2TAL"),
+    "revwire.run.coupling": ("BDIA", "Coupling", "Dr2Net", "Momentum", "Re2TAL"),
     "revwire.errors": ("CheckpointError", "ReplayError", "RevwireError", "RewireError"),
-    "revwire.fixed": ("Grid",),
-    "revwire.memory.budget": ("Budget",),
-    "revwire.memory.estimate": ("Estimate", "Estimates", "estimate"),
-    "revwire.plans": ("Chain", "Joined", "Plan", "Skipped", "Step"),
-    "revwire.report": ("Check", "Report"),
-    "revwire.rewiring": ("plan", "rewire"),
-    "revwire.schedule": ("Dr2NetSchedule",),
-    "revwire.streams": ("Streams",),
-    "revwire.surgery": ("plan_of", "unwire", "unwired"),
-    "revwire.verification": ("verify",),
+    "revwire.run.exact": ("Grid",),
+    "revwire.measure.budget": ("Budget",),
+    "revwire.measure.estimate": ("Estimate", "Estimates", "estimate"),
+    "revwire.planning.plan": ("Chain", "Joined", "Plan", "Skipped", "Step"),
+    "revwire.measure.report": ("Check", "Report"),
+    "revwire.api": ("plan", "rewire"),
+    "revwire.rewrite.schedule": ("Dr2NetSchedule",),
+    "revwire.run.streams": ("Streams",),
+    "revwire.rewrite.swap": ("plan_of", "unwire", "unwired"),
+    "revwire.measure.verify": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,5 +1,5 @@
 """`python -m revwire` is the command `revwire`."""
 
-from revwire.cli import main
+from revwire.cli.app import main
 
 main()

@@ -6,10 +6,10 @@ import torch
 
 import revwire
 from revwire._torch import tree_leaves
-from revwire.coupling import Original, Re2TAL
-from revwire.probe import make_plan, probe
-from revwire.program import Options
-from revwire.surgery import apply_plan, options_of, with_options
+from revwire.find.probe import make_plan, probe
+from revwire.rewrite.program import Options
+from revwire.rewrite.swap import apply_plan, options_of, with_options
+from revwire.run.coupling import Original, Re2TAL
 
 WIDTH = 6
 

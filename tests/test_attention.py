@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import revwire
 from revwire import ReplayError, RewireError
-from revwire.attention import AttentionInParts, Scores
-from revwire.memory.measure import LiveBytes
-from revwire.parts import parts_of
+from revwire.measure.step import LiveBytes
+from revwire.run.attention import AttentionInParts, Scores
+from revwire.run.recipe import parts_of
 
 WIDTH, HEADS, TOKENS, WINDOWS = 12, 3, 9, 4
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks import depth
 from benchmarks.steps import Row
 from revwire.errors import RevwireError
-from revwire.memory.measure import StepMemory, Timing
+from revwire.measure.step import StepMemory, Timing
 
 BLOCKS = {"two": 2, "four": 4, "nine": 9}
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
-from revwire.coupling import Original
+from revwire.run.coupling import Original
 
 
 class AddNorm(nn.Module):

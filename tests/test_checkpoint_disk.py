@@ -149,7 +149,7 @@ def test_a_folder_that_is_read_only(tmp_path):
 
 TERMINATED = """
 import sys
-from revwire import cli
+from revwire.cli.app import app
 import revwire
 from revwire.checkpoint import writer
 
@@ -163,7 +163,7 @@ def slowly(tensor):
 
 writer._bytes_of = slowly
 sys.argv[1:] = ["convert", sys.argv[1], "--to", "original"]
-cli.main()
+app.main()
 """
 
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import revwire
-from revwire import checkpoint, doctor, rewiring, verification
+from revwire import api, checkpoint
 from revwire.checkpoint import conversion
-from revwire.cli import app
-from revwire.report import Check, Report
+from revwire.cli.app import app, doctor
+from revwire.measure import verify
+from revwire.measure.report import Check, Report
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
@@ -53,7 +54,7 @@ def weights(tmp_path):
 def failed_report(monkeypatch):
     report = Report("VisionTransformer", (Check("gradients", float("nan"), 1e-5, "norm.weight"),))
     monkeypatch.setattr(conversion, "run_checks", lambda *_, **__: report)
-    monkeypatch.setattr(verification, "verify", lambda *_, **__: report)
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: report)
 
 
 @pytest.mark.parametrize("command", ["plan", "verify", "convert"])
@@ -182,7 +183,7 @@ def test_errors_are_one_line_and_exit_code_1(weights, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewiring, "plan", pytest.fail)
+    monkeypatch.setattr(api, "plan", pytest.fail)
     assert f"cannot write {tmp_path}: it is a folder" in fail("plan", NAME, "--html", tmp_path)
     assert "no such folder" in fail("plan", NAME, "--html", tmp_path / "no" / "page.html")
 
@@ -233,7 +234,7 @@ def test_doctor_tells_what_is_there(monkeypatch):
     assert findings["self-test"]["found"] == "gradients are right"
     monkeypatch.setattr(doctor, "_OPTIONAL", {"no-such-package": "nothing"})
     broken = Report("Sequential", (Check("gradients", 1.0, 1e-5),))
-    monkeypatch.setattr(verification, "verify", lambda *_: broken)
+    monkeypatch.setattr(verify, "verify", lambda *_: broken)
     told = CliRunner().invoke(app, ["doctor"])
     assert told.exit_code == 1
     assert "failed: gradients" in told.output
@@ -241,7 +242,7 @@ def test_doctor_tells_what_is_there(monkeypatch):
 
 
 def test_help_does_not_load_torch():
-    code = "import sys; from revwire.cli import main; sys.argv = ['revwire', '--help']\n"
+    code = "import sys; from revwire.cli.app import main; sys.argv = ['revwire', '--help']\n"
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

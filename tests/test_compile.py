@@ -10,8 +10,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import revwire
-from revwire import compiling
-from revwire.surgery import options_of
+from revwire.rewrite import compiled
+from revwire.rewrite.swap import options_of
 
 # torch's own, from inside of dynamo
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -56,8 +56,8 @@ def counter(monkeypatch):
     def counted(function, **options):
         return compile_with(function, backend=counting, **options)
 
-    monkeypatch.setattr(compiling.torch, "compile", counted)
-    monkeypatch.setattr(compiling, "_COMPILED", {})
+    monkeypatch.setattr(compiled.torch, "compile", counted)
+    monkeypatch.setattr(compiled, "_COMPILED", {})
     yield counting
     torch._dynamo.reset()
 
@@ -69,8 +69,8 @@ def counter(monkeypatch):
 def test_gradients_are_those_without(counter, dials, training):
     x = torch.randn(5, WIDTH)
     found = []
-    for compiled in (False, True):
-        model = revwire.rewire(net(), x, compile=compiled, **dials).train(training)
+    for compiles in (False, True):
+        model = revwire.rewire(net(), x, compile=compiles, **dials).train(training)
         torch.manual_seed(1)
         model(x).square().sum().backward()
         found.append([*gradients(model), torch.rand(2)])
@@ -96,9 +96,9 @@ def test_blocks_of_another_kind_are_compiled_apart():
         model = net(3)
         for block in model:
             block.inner, block.outer = nn.Linear(WIDTH, width), nn.Linear(width, WIDTH)
-        before = set(compiling._COMPILED)
+        before = set(compiled._COMPILED)
         revwire.rewire(model, torch.randn(5, WIDTH), compile=True)
-        made.append(set(compiling._COMPILED) - before)
+        made.append(set(compiled._COMPILED) - before)
     assert len(made[1]) == 1
 
 

@@ -15,10 +15,10 @@ from nets import NETS, assert_same, gradients, loss
 
 import revwire
 from revwire import RewireError
-from revwire.coupling import Original, coupling_of
-from revwire.drift import drifts
-from revwire.program import Options
-from revwire.surgery import options_of, set_coupling, with_options
+from revwire.measure.drift import drifts
+from revwire.rewrite.program import Options
+from revwire.rewrite.swap import options_of, set_coupling, with_options
+from revwire.run.coupling import Original, coupling_of
 
 
 def x_of(seed=0, batch=5, **kwargs):

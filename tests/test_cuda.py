@@ -7,9 +7,9 @@ import timm
 import torch
 
 import revwire
-from revwire.memory.measure import measure_step
-from revwire.program import Options
-from revwire.surgery import options_of, with_options
+from revwire.measure.step import measure_step
+from revwire.rewrite.program import Options
+from revwire.rewrite.swap import options_of, with_options
 
 pytestmark = [
     pytest.mark.cuda,

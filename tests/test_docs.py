@@ -28,14 +28,14 @@ import revwire
 from benchmarks import finetune, record, sizing
 from benchmarks.strategies import STRATEGIES as MEASURED
 from examples.re2tal.config import read_config
-from revwire import cli
 from revwire.checkpoint.hub import is_hub
-from revwire.cli_models import _FILE_SUFFIXES
-from revwire.cli_values import parse_arguments, parse_size
-from revwire.coupling import coupling_of
+from revwire.cli.app import app
+from revwire.cli.models import _FILE_SUFFIXES
+from revwire.cli.values import parse_arguments, parse_size
 from revwire.libraries import Architecture
-from revwire.memory.estimate import size_of
-from revwire.memory.strategies import STRATEGIES
+from revwire.measure.estimate import size_of
+from revwire.measure.strategies import STRATEGIES
+from revwire.run.coupling import coupling_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -162,7 +162,7 @@ def commands():
     """(where, words, whole) of every command that is shown: whole lines of blocks, and what is named in a text."""
     for where, text in [
         *((path.name, path.read_text("utf-8")) for path in PAGES),
-        ("cli.md", command_page()),
+        ("app.md", command_page()),
     ]:
         for line in lines_of_shell(where, text):
             yield where, words_of(line), True
@@ -195,7 +195,7 @@ def test_commands_are_understood(where, words, whole):
 def check(words, *, whole):
     program, *rest = words
     if program == "revwire":
-        group = typer.main.get_command(cli.app)
+        group = typer.main.get_command(app.app)
         context = group.make_context("revwire", [], resilient_parsing=True)
         if rest[0] in {"--help", "--version", "[OPTIONS]"}:  # the last is in the synopses of --help
             return
@@ -309,7 +309,7 @@ REWIRED = ("rewired", "transitions", "lean")
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files(path):
-    made = {"cli.md", "changelog.md", "contributing.md"} if path.parent == DOCS else set()
+    made = {"app.md", "changelog.md", "contributing.md"} if path.parent == DOCS else set()
     text = CODE.sub("", FENCE.sub("", path.read_text("utf-8")))
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if not re.match(r"https?:", target) and target not in made:

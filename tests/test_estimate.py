@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import revwire
 from revwire import RevwireError, RewireError
-from revwire.cli import app
-from revwire.memory import budget
-from revwire.memory.cost import spared
-from revwire.memory.estimate import _largest, size_of
-from revwire.memory.measure import LiveBytes, mean_square
-from revwire.memory.strategies import STRATEGIES, treated
-from revwire.surgery import Recording
+from revwire.cli.app import app
+from revwire.measure import budget
+from revwire.measure.estimate import _largest, size_of
+from revwire.measure.spared import spared
+from revwire.measure.step import LiveBytes, mean_square
+from revwire.measure.strategies import STRATEGIES, treated
+from revwire.rewrite.swap import Recording
 
 SMALL = {
     "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 2},

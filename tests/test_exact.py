@@ -15,12 +15,12 @@ from torch import nn
 
 import revwire
 from revwire import Grid, RewireError
-from revwire.coupling import Weights
-from revwire.drift import drifts
-from revwire.fixed import Watch, _pack, dropped_bits
-from revwire.memory.measure import LiveBytes
-from revwire.program import Options
-from revwire.surgery import options_of, plan_of
+from revwire.measure.drift import drifts
+from revwire.measure.step import LiveBytes
+from revwire.rewrite.program import Options
+from revwire.rewrite.swap import options_of, plan_of
+from revwire.run.coupling import Weights
+from revwire.run.exact import Watch, _pack, dropped_bits
 
 
 def x_of(seed=0, batch=4, dtype=torch.float32):
@@ -155,7 +155,7 @@ class Crescendo(nn.Module):
 @pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize("name", RULES)
 def test_values_that_leave_the_range_are_told_once_and_cost_no_gradient(name, lag, monkeypatch):
-    monkeypatch.setitem(revwire.fixed._LAG, "cpu", lag)
+    monkeypatch.setitem(revwire.run.exact._LAG, "cpu", lag)
     factors, x = (1.0, 1.0, 1e6, 1.0, -1e6, 1.0, 1e9, 1.0, 1.0), x_of()
     model = rewired(name, Crescendo(factors), x, exact=True).train()
     found = []
@@ -178,7 +178,7 @@ def test_the_watch_does_not_keep_a_dropped_graph_alive():
         pass
 
     watch, link = Watch("chain"), Link()
-    watch._waiting.append((revwire.fixed.weakref.ref(link), torch.zeros(1), lambda: False))
+    watch._waiting.append((revwire.run.exact.weakref.ref(link), torch.zeros(1), lambda: False))
     del link
     watch.settle()
     assert not watch._waiting

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 
 import revwire
-from revwire import verification
+from revwire.measure import verify
 
 SMALL_VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}
 # name -> (arguments that make it small, input size, steps its plan must have)
@@ -94,8 +94,8 @@ def test_bf16_autocast(name, training):
 
 
 def with_options(model, *, replay):
-    from revwire.program import Options
-    from revwire.surgery import options_of, with_options
+    from revwire.rewrite.program import Options
+    from revwire.rewrite.swap import options_of, with_options
 
     return with_options(model, Options(options_of(model).coupling, replay))
 
@@ -147,7 +147,7 @@ def test_features_only_models_train_as_with_plain_autograd(name):
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_a_float32_gradient_is_wrong_only_if_it_is_wrong_beside_too(monkeypatch, everywhere):
     """At its kink an activation may come out on either side; at weights a little beside it does not."""
-    step = verification._Runs._step
+    step = verify._Runs._step
 
     def off(self, dtype, *, replay=True, draw=0, **options):
         made = step(self, dtype, replay=replay, draw=draw, **options)
@@ -155,7 +155,7 @@ def test_a_float32_gradient_is_wrong_only_if_it_is_wrong_beside_too(monkeypatch,
             next(iter(made.gradients.values())).mul_(1.01)
         return made
 
-    monkeypatch.setattr(verification._Runs, "_step", off)
+    monkeypatch.setattr(verify._Runs, "_step", off)
     model, x, _ = build("vit_tiny_patch16_224")
     checks = {check.name: check for check in revwire.verify(model, x).checks}
     for mode in ("train", "eval"):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from revwire import checkpoint
 from revwire.checkpoint import conversion, hub
-from revwire.cli import app
+from revwire.cli.app import app
 from revwire.errors import CheckpointError
 
 NAME = "hf-hub:timm/test_vit.r160_in1k"

@@ -16,10 +16,10 @@ from revwire.checkpoint import conversion
 from revwire.checkpoint.fingerprint import index, index_name, packed
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
-from revwire.cli import app
+from revwire.cli.app import app
 from revwire.errors import CheckpointError
 from revwire.libraries import Architecture
-from revwire.libraries.outline import settings, shapes_of
+from revwire.libraries.comparison import settings, shapes_of
 
 SMALL = "test_vit"  # whose tensors no other has
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import revwire
 from revwire._torch import FakeTensorMode
 from revwire.errors import RevwireError
-from revwire.memory.measure import (
+from revwire.measure.step import (
     LiveBytes,
     Timing,
     mean_square,

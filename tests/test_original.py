@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import revwire
 from revwire import checkpoint
-from revwire.cli import app
+from revwire.cli.app import app
 from revwire.errors import CheckpointError
 
 NAME = "vit_tiny_patch16_224"

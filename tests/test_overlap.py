@@ -12,8 +12,9 @@ from races import Device, Races, Stream
 from torch import nn
 
 import revwire
-from revwire import overlap, program
-from revwire.surgery import options_of
+from revwire.experimental import overlap
+from revwire.rewrite import program
+from revwire.rewrite.swap import options_of
 
 MODELS = {
     "vit_tiny_patch16_224": ({"img_size": 32, "depth": 4, "embed_dim": 24, "num_heads": 2}, 32),

@@ -72,7 +72,7 @@ def test_the_metadata_say_what_it_is_and_what_it_needs(built):
         (name,) = (n for n in file.namelist() if n.endswith("dist-info/METADATA"))
         told = email.message_from_bytes(file.read(name))
         (entry,) = (n for n in file.namelist() if n.endswith("dist-info/entry_points.txt"))
-        assert "revwire = revwire.cli:main" in file.read(entry).decode()
+        assert "revwire = revwire.cli.app:main" in file.read(entry).decode()
     assert (told["Name"], told["License-Expression"]) == ("revwire", "MIT")
     assert told["Description-Content-Type"] == "text/markdown"
     assert told.get_payload().startswith("# revwire")

@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 import revwire
-from revwire.cli import app
-from revwire.page import page
+from revwire.cli.app import app
+from revwire.cli.page import page
 
 CHROMIUM = shutil.which("chromium")
 

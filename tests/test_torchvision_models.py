@@ -12,7 +12,7 @@ from revwire import checkpoint, libraries
 from revwire.checkpoint import conversion
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
-from revwire.checkpoint.sameness import same_operations
+from revwire.checkpoint.same_function import same_operations
 from revwire.errors import CheckpointError, RevwireError
 from revwire.libraries import Architecture, torchvision_models
 

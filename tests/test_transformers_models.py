@@ -13,7 +13,7 @@ import revwire
 from benchmarks.zoo_transformers import ZOO
 from revwire import checkpoint, libraries
 from revwire.checkpoint import conversion
-from revwire.cli import app
+from revwire.cli.app import app
 from revwire.errors import CheckpointError, RevwireError, RewireError
 from revwire.libraries import Architecture
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import revwire
 from revwire import ReplayError, RewireError
-from revwire.memory.measure import LiveBytes
-from revwire.plans import Joined
-from revwire.program import PROGRAM
+from revwire.measure.step import LiveBytes
+from revwire.planning.plan import Joined
+from revwire.rewrite.program import PROGRAM
 
 CHANNELS = 6
 

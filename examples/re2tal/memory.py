@@ -17,7 +17,7 @@ from rich.console import Console
 
 import revwire
 from examples.re2tal.errors import Re2TALError
-from revwire.memory.strategies import treated
+from revwire.measure.strategies import treated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from revwire import libraries, rewiring
+from revwire import api, libraries
 from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import build, common_dtype
 from revwire.checkpoint.folder import stem_of
@@ -19,10 +19,10 @@ from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import RewireError
-from revwire.memory.measure import StepMemory, measure_step
-from revwire.structure import tree_leaves
-from revwire.surgery import call_arguments
-from revwire.verification import verify as run_checks
+from revwire.measure.step import StepMemory, measure_step
+from revwire.measure.verify import verify as run_checks
+from revwire.pytree import tree_leaves
+from revwire.rewrite.swap import call_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from revwire.checkpoint.reader import Source
-    from revwire.coupling import Coupling
-    from revwire.fixed import Grid
     from revwire.libraries import Architecture
-    from revwire.plans import Plan
-    from revwire.report import Report
+    from revwire.measure.report import Report
+    from revwire.planning.plan import Plan
+    from revwire.run.coupling import Coupling
+    from revwire.run.exact import Grid
 
 Progress = Callable[[str], None]
 
@@ -185,7 +185,7 @@ def convert(
             f"revwire.rewire(model, example_inputs)"
         )
     say("planning")
-    plan = rewiring.plan(model, coupling=coupling, exact=exact)
+    plan = api.plan(model, coupling=coupling, exact=exact)
     if not plan.chains:
         reasons = "; ".join(f"{left.module or 'the model'}: {left.reason}" for left in plan.skipped[:3])
         raise RewireError(
@@ -255,6 +255,6 @@ def _measure(model: nn.Module, plan: Plan) -> Savings:
         plain = measure_step(model, inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan says it
-            rewiring.rewire(model, inputs, coupling=plan.coupling, exact=plan.exact, plan=plan)
+            api.rewire(model, inputs, coupling=plan.coupling, exact=plan.exact, plan=plan)
         rewired = measure_step(model, inputs)
     return Savings(batch, plain, rewired)

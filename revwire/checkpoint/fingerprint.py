@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from revwire.libraries.outline import Shapes
+    from revwire.libraries.comparison import Shapes
 
 _BITS = 2**64 - 1
 

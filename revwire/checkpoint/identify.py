@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from revwire.checkpoint.fingerprint import index
-from revwire.checkpoint.sameness import same_operations
+from revwire.checkpoint.same_function import same_operations
 from revwire.errors import RevwireError
 from revwire.libraries import INDEXED, Architecture, variants
-from revwire.libraries.outline import difference, settings
+from revwire.libraries.comparison import difference, settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from revwire.libraries.outline import Shapes
+    from revwire.libraries.comparison import Shapes
 
 _LISTED = 40  # how many names a message lists; the rest is counted
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import CheckpointError, RewireError
-from revwire.plans import Plan
+from revwire.planning.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +20,7 @@ _JSON_LIMIT = 16 * 2**20  # characters; timm's largest config.json (22k class na
 
 def rewiring_metadata(architecture: Architecture, plan: Plan) -> dict[str, str]:
     """What a rewired checkpoint says about itself, for `load` and for other readers."""
-    from revwire import __version__
+    from revwire.version import __version__
 
     return {
         "format": "pt",

@@ -11,8 +11,8 @@ from revwire.checkpoint.fit import check_fit
 from revwire.checkpoint.metadata import rewiring_of, without_rewiring
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write, write_texts
-from revwire.coupling import coupling_of
 from revwire.errors import CheckpointError, RewireError
+from revwire.run.coupling import coupling_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from revwire.libraries.outline import Shapes
+    from revwire.libraries.comparison import Shapes
 
 TIMM = "timm"  # whose names need no library before them
 NAMES = (TIMM, "torchvision", "transformers")

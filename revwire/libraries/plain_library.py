@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire.libraries import noise
-from revwire.libraries.outline import difference
+from revwire.libraries.comparison import difference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ import torch
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture, noise
-from revwire.libraries.outline import differences
+from revwire.libraries.comparison import differences
 from revwire.libraries.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture, timm_models
-from revwire.libraries.outline import counted, shapes_of
+from revwire.libraries.comparison import counted, shapes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-    from revwire.libraries.outline import Shapes
+    from revwire.libraries.comparison import Shapes
 
 _CLASSES = 7  # of the changed build where the architecture has none; else it gets none
 # What a constructor may refuse, the likeliest first.

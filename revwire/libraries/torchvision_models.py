@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture, noise
-from revwire.libraries.outline import counted, differences, shapes_of
+from revwire.libraries.comparison import counted, differences, shapes_of
 from revwire.libraries.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from revwire.libraries.outline import Shapes
+    from revwire.libraries.comparison import Shapes
 
 __all__ = [
     "companions",

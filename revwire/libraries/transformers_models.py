@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture
-from revwire.libraries.outline import differences, faults, shape_of
+from revwire.libraries.comparison import differences, faults, shape_of
 from revwire.libraries.transformers_config import (
     LIBRARY,
     alone,

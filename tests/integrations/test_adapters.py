@@ -58,7 +58,7 @@ def test_adapters_are_switched_off_merged_and_taken_away(first):
     assert_same([base], [unloaded(x)])
     for found in (merged, unloaded):
         # rewired after LoRA, the plan is on peft's wrapper, which is gone
-        assert revwire.surgery.options_of(found) is not None
+        assert revwire.rewrite.swap.options_of(found) is not None
         revwire.unwire(found)
 
 

@@ -54,18 +54,18 @@ def test_compilations_do_not_grow_with_blocks_or_steps(counter):
 
 def test_both_compilers_at_once(counter, monkeypatch):
     """`rewire(compile=True)` for the branches, torch.compile for the rest: again not one compilation more a block."""
-    from revwire import compiling
+    from revwire.rewrite import compiled
 
-    monkeypatch.setattr(compiling, "_COMPILED", {})
+    monkeypatch.setattr(compiled, "_COMPILED", {})
     compile_with = torch.compile
     monkeypatch.setattr(
-        compiling.torch, "compile", lambda f, **options: compile_with(f, backend=counter, **options)
+        compiled.torch, "compile", lambda f, **options: compile_with(f, backend=counter, **options)
     )
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     counts = []
     for depth in (3, 6):
         torch._dynamo.reset()
-        compiling._COMPILED.clear()
+        compiled._COMPILED.clear()
         counter.frame_count = 0
         model = revwire.rewire(vit(dropout=0.0, depth=depth), x, compile=True)
         plain = kept(model)

@@ -1,0 +1,137 @@
+"""The two calls that users make: look at what would be rewired, and do it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from revwire.errors import RewireError
+from revwire.planning.dials import Dials, Globs, Transitions
+from revwire.rewrite.swap import Recording, fitting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from revwire.measure.budget import Budget
+    from revwire.planning.plan import Plan
+    from revwire.run.coupling import Coupling
+    from revwire.run.exact import Grid
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str | Coupling = "re2tal",
+    exact: bool | int | Grid = False,
+    include: Globs = None,
+    exclude: Globs = None,
+    chunks: int | Mapping[str, int] = 1,
+    keep: Globs | int = None,
+    anchor: Globs = None,
+    transitions: Transitions = "keep",
+) -> Plan:
+    """What `rewire` would do to `model`, and why not the rest. Changes nothing.
+
+    Args:
+        model: Any module; it runs once on fake tensors, which takes no memory and draws no random numbers.
+        example_inputs: What its forward takes: a tensor, a tuple of arguments or a dict of keyword arguments. May be
+            left out for models of timm, torchvision and transformers, whose own is known.
+        coupling: The recurrence, as an object or by name, with or without coefficients: `"re2tal"`, `"dr2net"`,
+            `"momentum"`, `"bdia"`, `"dr2net(alpha=1,beta=0.125)"`.
+        exact: Whether streams are in fixed point, as for `revwire.rewire`.
+        include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
+        exclude: Globs of module paths to leave alone.
+        chunks: As for `revwire.rewire`, like the next three.
+        keep: Steps that keep the graph of their branch.
+        anchor: Steps that keep the input of the step before them.
+        transitions: What the blocks between chains hold.
+
+    Raises:
+        RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
+    """
+    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
+    return Dials(chunks, keep, anchor, transitions).turned(recording.fresh, recording.found)
+
+
+def rewire(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: str | Coupling = "re2tal",
+    exact: bool | int | Grid = False,
+    include: Globs = None,
+    exclude: Globs = None,
+    chunks: int | Mapping[str, int] = 1,
+    keep: Globs | int = None,
+    anchor: Globs = None,
+    transitions: Transitions = "keep",
+    budget: str | int | Budget | None = None,
+    plan: Plan | None = None,
+    compile: bool = False,  # noqa: A002 - as torch and Lightning name it
+    overlap: bool = False,
+) -> nn.Module:
+    """Turn the chains of residual blocks of `model` into reversible ones, in place.
+
+    The model keeps its class (to `isinstance`), its parameters and their names; training it keeps no activations of
+    the chains. What it computes is up to the coupling: with the default another function than before (see
+    `revwire.Re2TAL`), so fine-tune it; `BDIA`, `Dr2Net` and `Momentum` keep the function or start near it.
+
+    Args:
+        model: Any module.
+        example_inputs: As for `revwire.plan`.
+        coupling: The recurrence, by name or as an object, as for `revwire.plan`.
+        exact: Streams in fixed point, so that backward reconstructs every input bit for bit, at any depth and with
+            any |a| of 1, 1/2, 1/4, ...: True for a grid that follows the values entering each chain, or
+            `revwire.Grid(bits)` (or just the number of bits after the point) for the same one everywhere.
+        include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
+        exclude: Globs of module paths to leave alone.
+        chunks: Run each branch on so many slices of the batch, in forward and backward, so that it needs so much less
+            memory; or a dict of globs of steps (`"blocks.*#1"`) or modules to numbers. Of a single long video, tokens
+            are cut where the branch treats them alike, and softmax attention inside a branch. Where samples mix
+            (BatchNorm) the branch runs whole, and the plan says why.
+        keep: Globs of steps whose branches keep their graph, and do not run again; or how many steps from the
+            beginning of each chain do.
+        anchor: Globs of steps that keep the input of the step before them, as checkpointing does, so that their
+            second run stops before its last product.
+        transitions: `"checkpoint"` to have the blocks between chains (stem, downsampling, last norm) run again in
+            backward from their stored input; the pair that leaves a chain is stored once then.
+        budget: The bytes that a training step with these example inputs may take, `"12GiB"` or a `revwire.Budget` that
+            says more of the step (optimizer, autocast): the dials above are chosen so that it fits and loses as little
+            time as it can, by `revwire.estimate`, and the choice is logged. Takes some steps on fake tensors.
+        plan: A plan made earlier (of the same architecture); its chains are rewired instead of a fresh choice, with
+            the dials that it was made with.
+        compile: Have torch.compile run the branches: one compilation for all blocks that are alike. The first steps
+            take as long as compiling does; kernels are fused, so numbers differ by rounding.
+        overlap: On a GPU, run a step's branch again on a stream of its own while the gradients of the step after it are
+            computed; it takes the insides of one more branch. The same numbers. Branches in slices and exact chains
+            run one after the other all the same, and so does everything on a CPU.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RewireError: no chain was found, the model is rewired already, `plan` does not fit, or nothing fits `budget`;
+            the model is as it was.
+    """
+    dials = Dials(chunks, keep, anchor, transitions)
+    if (plan is not None) + (budget is not None) + (dials != Dials()) > 1:
+        raise RewireError(
+            "chunks, keep, anchor and transitions are part of a plan, and chosen by a budget: pass one"
+        )
+    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
+    if budget is not None:
+        # imported here, as it estimates what this very function makes
+        from revwire.measure.budget import dials_within
+
+        dials = dials_within(model, example_inputs, budget, recording, overlap=overlap)
+    if plan is None:
+        chosen = dials.turned(recording.fresh, recording.found)
+    else:
+        chosen = fitting(plan, recording.fresh, recording.found)
+    recording.rewire(model, chosen, compiled=compile, overlap=overlap)
+    for warning in chosen.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return model

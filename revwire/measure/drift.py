@@ -1,0 +1,129 @@
+"""How far the chain inputs that backward reconstructs are from the true ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire.errors import RewireError
+from revwire.measure.step import mean_square
+from revwire.pytree import tree_leaves
+from revwire.rewrite.swap import with_options
+from revwire.run.exact import exact_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from revwire.planning.plan import Chain, Plan
+    from revwire.rewrite.program import Options
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One chain's reconstructed input against the true one, in train mode: largest difference over largest value.
+
+    Attributes:
+        chain: Name of the chain.
+        steps: How many steps are undone to get there.
+        float32: With float streams.
+        bfloat16: The same under autocast to bfloat16 (streams stay float32).
+        exact: With exact streams; None where the coupling cannot be exact. All are None where nothing of the chain
+            ran again: its coupling is not reversible, or its first branches call no module.
+    """
+
+    chain: str
+    steps: int
+    float32: float | None
+    bfloat16: float | None
+    exact: float | None
+
+
+@dataclass(frozen=True)
+class Drifts:
+    """The drift of all chains; prints as a table."""
+
+    chains: tuple[Drift, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markup import escape
+        from rich.table import Table
+
+        if not self.chains:
+            return
+        table = Table(title="reconstructed chain inputs, relative difference", title_justify="left")
+        table.add_column("chain", overflow="fold")
+        for heading in ("steps", "float32", "bf16 autocast", "exact"):
+            table.add_column(heading, justify="right")
+        for drift in self.chains:
+            figures = (drift.float32, drift.bfloat16, drift.exact)
+            shown = ("-" if figure is None else f"{figure:.2g}" for figure in figures)
+            table.add_row(escape(drift.chain), str(drift.steps), *shown)
+        yield table
+
+
+def drifts(model: nn.Module, options: Options, plan: Plan, args: Any, kwargs: Any) -> Drifts:
+    """Measure the drift of every chain of a rewired model, on copies, by one training step in each precision."""
+    float_streams = replace(options, exact=False)
+    ways = [(float_streams, False), (float_streams, True)]
+    try:
+        exact = options.exact if options.exact is not False else exact_of(True, options.coupling)
+        ways.append((replace(options, exact=exact), False))
+    except RewireError:
+        pass
+    found = [_differences(with_options(model, o), plan.chains, args, kwargs, autocast=a) for o, a in ways]
+    found += [[None] * len(plan.chains)] * (3 - len(ways))
+    chains = zip(plan.chains, *found, strict=True)
+    return Drifts(tuple(Drift(c.name, len(c.steps), *figures) for c, *figures in chains))
+
+
+def _differences(
+    model: nn.Module, chains: Iterable[Chain], args: Any, kwargs: Any, *, autocast: bool
+) -> list[float | None]:
+    """For each chain, what the first module of its first branches was given in forward and in backward."""
+    first: dict[int, list[Tensor]] = {}
+    last: dict[int, Tensor] = {}
+    backward = False
+    # a module that several chains begin with is watched once; its calls are told apart by their order
+    watched = [_first_module(model, chain) for chain in chains]
+
+    def watch(module: nn.Module, given: Any, named: Any) -> None:
+        x = next((leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor)), None)
+        if x is not None and backward:
+            last[id(module)] = x.detach().clone()
+        elif x is not None:
+            first.setdefault(id(module), []).append(x.detach().clone())
+
+    for module in {id(m): m for m in watched if m is not None}.values():
+        module.register_forward_pre_hook(watch, with_kwargs=True)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    device = tensors[0].device.type if tensors else "cpu"
+    model.train()
+    torch.manual_seed(3)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = mean_square(model(*args, **kwargs))
+    backward = True
+    loss.backward()  # type: ignore[no-untyped-call]
+    return [
+        _difference(first[id(m)][0], last[id(m)]) if m is not None and id(m) in last else None
+        for m in watched
+    ]
+
+
+def _first_module(model: nn.Module, chain: Chain) -> nn.Module | None:
+    for step in chain.steps:
+        if step.branch:
+            return model.get_submodule(f"{step.module}.{step.branch[0]}".lstrip("."))
+    return None
+
+
+def _difference(true: Tensor, found: Tensor) -> float:
+    # exact to the bit before anything is rounded
+    if torch.equal(true, found):
+        return 0.0
+    scale = float(true.abs().max()) or 1.0
+    return float((true.double() - found.double()).abs().max()) / scale

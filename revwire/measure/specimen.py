@@ -1,0 +1,67 @@
+"""Preparing the copy that `verify` measures: one on which each of its checks could fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from revwire.pytree import tree_map
+
+
+def make_branches_count(model: nn.Module) -> None:
+    """Noise for parameters next to zero (BatchNorm gamma, layer scale): a branch of zero agrees with anything."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.2 * noise)
+
+
+def move_statistics(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """BatchNorm statistics as training leaves them: those of a new net normalise nothing in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    fresh = [(m, m.momentum) for m in norms if not m.num_batches_tracked]
+    if not fresh:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    for norm, _ in fresh:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(*args, **kwargs)
+    for norm, momentum in fresh:
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training
+
+
+def noisy_like(tree: Any) -> Any:
+    """A structure with noise for each constant floating-point tensor in it, such as zeros made for their shape."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(leaf: Any) -> Any:
+        constant = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1
+        if constant and bool((leaf == leaf.flatten()[0]).all()):
+            return torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf
+
+    return tree_map(noisy, tree)
+
+
+def cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    """A structure with its floating-point tensors in `dtype`; as it is for None."""
+    if dtype is None:
+        return tree
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+
+
+@torch.no_grad()
+def move_weights(model: nn.Module, draw: int) -> None:
+    """Move all weights by a thousandth, the same for the same draw, before they get another dtype."""
+    generator = torch.Generator().manual_seed(draw)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            change = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1 + 1e-3 * change.to(parameter))

@@ -1,0 +1,92 @@
+"""Branches run by torch.compile: one compilation for all that are structurally equal, however many blocks there are.
+
+torch.compile keeps what it compiled with a function's code, and guards it by the structure of the modules that the
+function is given. So branches whose code and modules are alike share one function; others get one of their own, as a
+function that serves too many kinds is not compiled any more. Sizes stay fixed in the compiled code: a size that became
+dynamic between forward and backward would make the second run of a branch another one than the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from revwire.pytree import plain_attributes
+from revwire.rewrite.forward import StepCode, source_of, step_code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import fx
+
+    from revwire.find.residual import Residual
+
+_COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def compiled_code(residual: Residual) -> StepCode:
+    """The branch of a residual as functions of `(self, x, *sides)` that torch.compile runs, all but its drop path."""
+    last = _drop_paths(residual)
+    code = step_code(residual, without=last)
+    module = residual.frame.module
+    paths = [str(node.target) for node in last]
+    called = tuple(_structure(module.get_submodule(path)) for path in residual.modules if path not in paths)
+    own = tuple((path, _shape(_tensor(module, path))) for path in code.own)
+    kind = type(module), called, own
+    branch = _compiled(code.branch, kind)
+
+    def whole(self: nn.Module, x: torch.Tensor, *sides: Any) -> tuple[Any, ...]:
+        out, *shared = branch(self, x, *sides)
+        for path in paths:
+            out = self.get_submodule(path)(out)
+        return (out, *shared)
+
+    post = None if code.post is None else _compiled(code.post, kind)
+    return replace(code, branch=whole, post=post)
+
+
+def _drop_paths(residual: Residual) -> list[fx.Node]:
+    """The drop paths that a branch ends with: each block has a rate of its own, and else is like the others."""
+    last: list[fx.Node] = []
+    terms = residual.terms
+    while len(terms) == 1:
+        node = terms[0]
+        alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if not alone or node in residual.shared or not _is_drop_path(residual.frame.module, str(node.target)):
+            break
+        last.insert(0, node)
+        terms = tuple(node.all_input_nodes)
+    return last
+
+
+def _is_drop_path(parent: nn.Module, path: str) -> bool:
+    module = parent.get_submodule(path)
+    return isinstance(getattr(module, "drop_prob", None), float) or type(module).__name__ == "StochasticDepth"
+
+
+def _compiled(function: Callable[..., Any], kind: tuple[Any, ...]) -> Callable[..., Any]:
+    key = source_of(function), *kind
+    if key not in _COMPILED:
+        _COMPILED[key] = torch.compile(function, dynamic=False)
+    return _COMPILED[key]
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What torch.compile would guard of a module and its children."""
+    tensors = tuple((name, _shape(t)) for name, t in (*module._parameters.items(), *module._buffers.items()))
+    children = tuple((name, _structure(child)) for name, child in module.named_children())
+    return type(module), plain_attributes(module), tensors, children
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+    return () if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+def _tensor(module: nn.Module, path: str) -> torch.Tensor | None:
+    parent, _, name = path.rpartition(".")
+    owner = module.get_submodule(parent)
+    found: torch.Tensor | None = getattr(owner, name)
+    return found

@@ -1,0 +1,210 @@
+"""A frame's graph and its planned residuals -> Python functions: the rewritten forward and one branch a step.
+
+The rewritten forward is the frame's own code with each planned sum, and what leads to it, replaced by a call of the
+step. Children are called by name (`self.attn(...)`), so one that is replaced later is the one that runs.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+if TYPE_CHECKING:
+    from revwire.find.consecutive import Calls
+    from revwire.find.residual import Residual
+    from revwire.trace.frame import Frame
+
+
+class _Self:
+    """Stands in generated code for the module whose frame it is."""
+
+    def __repr__(self) -> str:
+        return "self"
+
+
+@dataclass(frozen=True)
+class StepCode:
+    """One planned residual as code.
+
+    Attributes:
+        branch: `branch(self, x, *sides)`: a tuple of the sum of the residual's branches at the trunk `x`, and of the
+            values of the branch that the frame uses elsewhere.
+        whole: Whether that sum holds the (scaled) skip too.
+        leads: Whether the trunk is the first term of the frame's own sum.
+        post: `post(self, total, *sides)`: what follows the sum and moves into the branch, or None.
+        modules: Paths of the children both call.
+        own: Paths of the parameters and buffers both read themselves.
+    """
+
+    branch: Callable[..., tuple[Any, ...]]
+    whole: bool
+    leads: bool
+    post: Callable[..., Tensor] | None
+    modules: tuple[str, ...]
+    own: tuple[str, ...]
+
+
+RunStep = Callable[..., Any]
+"""Called by the rewritten forward as `run(self, trunk, *sides)` in place of a planned sum.
+
+Returns the trunk after the step; a tuple of it and of what the frame uses of the branch, if there is such."""
+
+
+def step_code(residual: Residual, without: Sequence[fx.Node] = ()) -> StepCode:
+    """The branch of a residual as functions of `(self, x, *sides)`.
+
+    Args:
+        residual: What to write.
+        without: Calls of one tensor that the branch ends with, in order, to leave out of its function.
+    """
+    sides = residual.sides
+    terms = tuple(without[0].all_input_nodes) if without else residual.terms
+    inside = tuple(node for node in residual.inside if node not in without)
+    branch = _function(residual, "branch", residual.skip, inside, sides, terms, residual.shared)
+    post = None
+    if residual.post:
+        post = _function(residual, "post", residual.total, residual.post, sides, (residual.result,))
+    nodes = (*residual.inside, *residual.post)
+    read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    return StepCode(
+        branch,
+        residual.scale is not None,
+        residual.leads,
+        post,
+        residual.modules,
+        tuple(dict.fromkeys(str(n.target) for n in read)),
+    )
+
+
+def rewritten_forward(
+    frame: Frame, steps: dict[Residual, RunStep], joined: dict[Calls, RunStep] | None = None
+) -> Callable[..., Any]:
+    """The frame's forward, as a function of `(self, *tensors)`, with each residual's sum run as a step.
+
+    Args:
+        frame: The traced frame.
+        steps: What runs in place of each sum.
+        joined: What runs in place of calls of children that follow each other, as `run(self, x)`.
+    """
+    assert frame.graph is not None
+    sums = {residual.total: residual for residual in steps}
+    runs = {calls[-1]: (calls[0].all_input_nodes[0], run) for calls, run in (joined or {}).items()}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    read: dict[fx.Node, tuple[fx.Node, ...]] = {node: (entering,) for node, (entering, _) in runs.items()}
+    read |= {node: (r.skip, *r.sides) for node, r in sums.items()}
+    wanted = _needed(frame.graph, steps, {n for calls in joined or () for n in calls[:-1]}, read)
+    waiting = [node for node in frame.graph.nodes if node in wanted]
+    while waiting:
+        # what reads an inner value of a branch comes after the step, which hands it out with its sum
+        later: list[fx.Node] = []
+        for node in waiting:
+            if not copies.keys() >= set(read.get(node, node.all_input_nodes)):
+                later.append(node)
+            elif node in runs:
+                entering, run = runs[node]
+                copies[node] = graph.call_function(run, (_Self(), copies[entering]))  # type: ignore[arg-type]
+            elif node in sums:
+                copies.update(_step_call(graph, sums[node], steps[sums[node]], copies))
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        assert len(later) < len(waiting), f"{later} wait for each other"
+        waiting = later
+    return _compile(graph, f"<revwire {type(frame.module).__name__}.forward {id(graph):x}>")
+
+
+def _step_call(
+    graph: fx.Graph, residual: Residual, run: RunStep, copies: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Add the call of a step to `graph`; returns the nodes of the frame that it stands for."""
+    sides = tuple(copies[n] for n in residual.sides)
+    call = graph.call_function(run, (_Self(), copies[residual.skip], *sides))  # type: ignore[arg-type]
+    if not residual.shared:
+        return dict.fromkeys((residual.total, residual.result), call)
+    trunk, *inner = (
+        graph.call_function(operator.getitem, (call, i)) for i in range(1 + len(residual.shared))
+    )
+    return {residual.total: trunk, residual.result: trunk, **dict(zip(residual.shared, inner, strict=True))}
+
+
+def _needed(
+    graph: fx.Graph,
+    steps: dict[Residual, RunStep],
+    joined: set[fx.Node],
+    read: dict[fx.Node, tuple[fx.Node, ...]],
+) -> set[fx.Node]:
+    """The nodes that the rewritten forward still runs: all but what only a planned branch or a joined call needs.
+
+    `read` is what the calls that stand for them read: a step the trunk and the branch's side inputs.
+    """
+    inner = {n for residual in steps for n in (*residual.inside, *residual.post, *residual.sums)} | joined
+    sums = {residual.total: residual for residual in steps}
+    given = {n: residual.total for residual in steps for n in (*residual.shared, residual.result)}
+    needed: set[fx.Node] = set()
+    waiting = [n for n in graph.nodes if n not in inner or n in sums]
+    while waiting:
+        node = waiting.pop()
+        node = given.get(node, node)
+        if node in needed:
+            continue
+        needed.add(node)
+        waiting.extend(read.get(node, node.all_input_nodes))
+    return needed
+
+
+def _function(
+    residual: Residual,
+    kind: str,
+    trunk: fx.Node,
+    inside: tuple[fx.Node, ...],
+    sides: tuple[fx.Node, ...],
+    terms: Iterable[fx.Node],
+    shared: tuple[fx.Node, ...] | None = None,
+) -> Callable[..., Any]:
+    graph = fx.Graph()
+    copies = {trunk: graph.placeholder("x")}
+    copies.update({node: graph.placeholder(f"side_{i}") for i, node in enumerate(sides)})
+    for node in inside:
+        for read in node.all_input_nodes:
+            if read not in copies:
+                assert read.op == "get_attr", f"{read} is neither trunk, side nor inside"
+                copies[read] = graph.get_attr(str(read.target))
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    total, *rest = (copies[term] for term in terms)
+    for term in rest:
+        total = graph.call_function(_add, (total, term))
+    graph.output(total if shared is None else (total, *(copies[n] for n in shared)))
+    name = f"{type(residual.frame.module).__name__}.{kind}_{residual.index}"
+    return _compile(graph, f"<revwire {name} {id(graph):x}>")
+
+
+def _add(left: Tensor, right: Tensor) -> Tensor:
+    return left + right
+
+
+def _compile(graph: fx.Graph, filename: str) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    namespace: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - our own code, printed by torch.fx
+    lines = code.src.splitlines(keepends=True)
+    linecache.cache[filename] = (len(code.src), None, lines, filename)  # tracebacks show the generated line
+    function: Callable[..., Any] = namespace["forward"]
+    weakref.finalize(function, linecache.cache.pop, filename, None)
+    return function
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """The text of a function that was generated here."""
+    return "".join(linecache.getlines(function.__code__.co_filename))
+
+
+def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor at `path` below `module`, and its name there."""
+    parent, _, key = path.rpartition(".")
+    return module.get_submodule(parent), key

@@ -1,0 +1,267 @@
+"""One run of a residual branch that keeps nothing for backward, and the same run again when backward asks for it.
+
+In forward the branch runs under saved-tensor hooks: each tensor that one of its operations would save is dropped, and
+a `Ticket` is saved in its place. Run again with grad, on the same input and under the same conditions, it saves the
+same tensors in the same order; they are what the tickets stood for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revwire._torch import FakeTensor
+from revwire.errors import ReplayError
+from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
+from revwire.run.conditions import Conditions, no_weight_cache, observe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from revwire.planning.plan import Mode
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a branch is run slice by slice: its samples, or positions that it treats alike, do not know of each other.
+
+    Attributes:
+        dim: The dimension of the trunk that is cut.
+        slices: Into how many pieces, of equal size but for the last.
+        sides: Whether each side input is cut along its first dimension too.
+    """
+
+    dim: int
+    slices: int
+    sides: tuple[bool, ...]
+
+    def count(self, shape: Sequence[int]) -> int:
+        """How many slices a trunk of this shape makes: fewer than `slices` where it is shorter."""
+        return -(-shape[self.dim] // -(-shape[self.dim] // self.slices))
+
+    def of(self, x: Tensor) -> Sequence[Tensor]:
+        """The slices of a trunk."""
+        return x.chunk(self.slices, self.dim)
+
+    def part(self, x: Tensor, part: int) -> Tensor:
+        """One of them; all would be many views for the one."""
+        size = -(-x.shape[self.dim] // self.slices)
+        return x.narrow(self.dim, part * size, min(size, x.shape[self.dim] - part * size))
+
+    def of_sides(self, sides: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The side inputs of each slice."""
+        both = zip(sides, self.sides, strict=True)
+        cut = [side.chunk(self.slices) if is_cut else (side,) * self.slices for side, is_cut in both]
+        # a size that the number of slices does not go into may make fewer of them
+        return list(zip(*cut, strict=False)) if cut else [()] * self.slices
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """One step's residual branch as a function of the trunk and its side inputs, and the modules it runs.
+
+    Attributes:
+        name: What messages call the step, such as `blocks.3#0`.
+        function: `F(x, *sides)`.
+        modules: The modules it calls.
+        own: The parameters it reads itself, as (owner, name).
+        cut: How it is run slice by slice, None: all at once.
+        mode: What the step holds for backward.
+        overlap: Whether its second run may start while the device computes the gradients of the step after it.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    modules: Sequence[nn.Module] = ()
+    own: Sequence[tuple[nn.Module, str]] = ()
+    cut: Cut | None = None
+    mode: Mode = "reverse"
+    overlap: bool = False
+
+
+class Redeems(Protocol):
+    """Who gets dropped tensors back."""
+
+    def redeem(self, part: int, index: int) -> Tensor:
+        """The `index`-th tensor that run `part` dropped."""
+
+
+class Ticket:
+    """Stands in the graph for a tensor that a branch would have saved: the `index`-th of run `part` of its `owner`."""
+
+    __slots__ = ("__weakref__", "index", "owner", "part")
+
+    def __init__(self, owner: Redeems, part: int, index: int) -> None:
+        self.owner, self.part, self.index = owner, part, index
+
+
+class BranchRun:
+    """One run of a branch in forward, on one slice of the trunk or all of it.
+
+    Attributes:
+        branch: What ran.
+        conditions: What it ran under.
+        sides: Its side inputs, without history.
+        strides: Those of its input.
+    """
+
+    __slots__ = ("_side_versions", "_tickets", "_wants_grad", "branch", "conditions", "sides", "strides")
+
+    def __init__(self, branch: Branch) -> None:
+        self.branch = branch
+        self.conditions: Conditions | None = None
+        self.sides: tuple[Any, ...] = ()
+        self.strides: tuple[int, ...] = ()
+        self._tickets: list[tuple[weakref.ref[Ticket], torch.Size, torch.dtype]] = []
+        self._wants_grad = False
+        self._side_versions: list[int] = []
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing was dropped."""
+        return not self._tickets
+
+    def forward(self, owner: Redeems, part: int, x: Tensor, sides: tuple[Any, ...]) -> Any:
+        """The branch's output, with grad and with its saved tensors dropped."""
+        self._wants_grad, self.strides = x.requires_grad, x.stride()
+        self.sides = _without_history(sides)
+        self._side_versions = _versions(sides)
+        version = x._version
+
+        def drop(tensor: Tensor) -> Tensor | Ticket:
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            ticket = Ticket(owner, part, len(self._tickets))
+            self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
+            return ticket
+
+        seen = observe(self.branch.modules, self.branch.own, x.device)
+        with no_weight_cache(), seen as self.conditions, saved_tensors_hooks(drop, _redeem):
+            out = self.branch.function(x, *sides)
+        if x._version != version:
+            raise ReplayError(
+                f"{self.branch.name}: the branch changes its input in place, which would corrupt the stream; give it a "
+                "clone, or leave the block out with rewire(..., exclude=...)"
+            )
+        return out
+
+    def again(self, current: Tensor, *, output: bool = True) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """The same run, with grad.
+
+        Args:
+            current: The input, of the values of then.
+            output: Whether the output is needed; if not, the run stops at the last tensor that it saves.
+
+        Returns:
+            The output, None if it is not needed; and the tensors that living tickets stand for, by index.
+        """
+        count = 0
+        saved: dict[int, Tensor] = {}
+
+        def collect(tensor: Tensor) -> Tensor | None:
+            nonlocal count
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            if count == len(self._tickets):
+                raise self._differs("saves more tensors")
+            ticket, shape, dtype = self._tickets[count]
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise self._differs(
+                    f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}"
+                )
+            if ticket() is not None:
+                saved[count] = tensor.detach()
+            count += 1
+            if not output and count == len(self._tickets):
+                raise _Done
+            return None
+
+        try:
+            with saved_tensors_hooks(collect, _no_backward):
+                out = self._run(current, with_grad=True)
+        except _Done:
+            return None, saved
+        if count != len(self._tickets):
+            raise self._differs("saves fewer tensors")
+        return out, saved
+
+    def output_again(self, current: Tensor) -> Tensor:
+        """The output of the same run, without grad."""
+        return self._run(current, with_grad=False)
+
+    def check_unchanged(self) -> None:
+        """See to it that a run again runs on what the first one ran on.
+
+        Raises:
+            ReplayError: a weight, a buffer or a side input was changed in place since.
+        """
+        assert self.conditions is not None
+        self.conditions.check_unchanged(self.branch.name)
+        self._check_sides()
+
+    def _check_sides(self) -> None:
+        if _versions(self.sides) != self._side_versions:
+            raise ReplayError(
+                f"{self.branch.name}: what the branch reads beside the trunk (a mask, a table) was changed in place "
+                "between forward and backward, so it cannot be run again as it ran; use the out-of-place form"
+            )
+
+    @property
+    def plain_parameters(self) -> bool:
+        """Whether its parameters are tensors of torch's own class."""
+        assert self.conditions is not None
+        held = (held.tensor for held in self.conditions.parameters)
+        return all(type(tensor) in {Tensor, nn.Parameter, FakeTensor} for tensor in held)
+
+    def _run(self, current: Tensor, *, with_grad: bool) -> Tensor:
+        self._check_sides()
+        x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
+        assert self.conditions is not None
+        with self.conditions.restored(self.branch.name), torch.set_grad_enabled(with_grad):
+            out: Tensor = self.branch.function(x, *_without_history(self.sides))
+        return out
+
+    def _differs(self, what: str) -> ReplayError:
+        return ReplayError(
+            f"{self.branch.name}: run again in backward, the branch {what} than in forward, so it is not the same "
+            "run; does it depend on global state, or on random numbers of a generator of its own?"
+        )
+
+
+class _Done(Exception):
+    pass
+
+
+def _redeem(packed: Tensor | Ticket) -> Tensor:
+    return packed.owner.redeem(packed.part, packed.index) if isinstance(packed, Ticket) else packed
+
+
+def _no_backward(_: object) -> Tensor:
+    raise ReplayError("a branch runs a backward pass of its own inside forward, which cannot be run again")
+
+
+def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:
+    def detached(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().requires_grad_(leaf.requires_grad)
+        # a KV cache that the branch adds to: each run finds it as the first one did
+        return snapshot(leaf, detached) if is_object(leaf) else leaf
+
+    return tuple(tree_map(detached, side) for side in sides)
+
+
+def _versions(tree: Any) -> list[int]:
+    """How often each tensor in a structure was changed in place."""
+    return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`tensor` laid out as its original was: another layout may take another kernel that saves other tensors."""
+    if tensor.stride() == strides or 0 in strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -1,0 +1,87 @@
+"""Walking a frame's graph: what depends on what, and what passes a tensor's values on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+
+from revwire.pytree import tree_leaves
+from revwire.run.rearrange import is_rearrangement
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from revwire.trace.frame import Frame
+
+# what takes the dtype, device or shape of its arguments and not their values; the second kind, of all but the first
+_LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
+_LIKE |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+_AS = {"type_as", "expand_as", "view_as", "reshape_as"}
+
+_ASSERT = torch._assert  # noqa: SLF001 - what traced code calls
+
+
+def seen_through(frame: Frame, node: fx.Node) -> fx.Node:
+    """The node whose value `node` passes on: behind `nn.Identity`, the identity's input."""
+    while node.op == "call_module" and _is_identity(frame.module.get_submodule(str(node.target))):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_identity(module: nn.Module) -> bool:
+    if type(module) is nn.Sequential:
+        return all(map(_is_identity, module))
+    return type(module) is nn.Identity
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """All nodes that some of `nodes` are computed from."""
+    seen: set[fx.Node] = set()
+    waiting = [i for n in nodes for i in n.all_input_nodes]
+    while waiting:
+        if (node := waiting.pop()) not in seen:
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    return seen
+
+
+def between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Nodes that depend on the values of `skip` and that `ends` are or depend on, in graph order."""
+    after = dependents(skip)
+    inside = after & (ancestors(ends) | set(ends))
+    inside |= {n for n in after if n.target is _ASSERT and inside.intersection(n.all_input_nodes)}
+    return tuple(n for n in skip.graph.nodes if n in inside)
+
+
+def dependents(source: fx.Node) -> set[fx.Node]:
+    """Nodes computed from the values of `source`; what only reads its shape or dtype is not among them."""
+    seen: set[fx.Node] = set()
+    waiting = [user for user in source.users if _reads_values(user, source)]
+    while waiting:
+        if (node := waiting.pop()) not in seen:
+            seen.add(node)
+            waiting.extend(node.users)
+    return seen
+
+
+def _reads_values(user: fx.Node, source: fx.Node) -> bool:
+    name = getattr(user.target, "__name__", str(user.target))
+    if name in _LIKE or (name in _AS and user.args[0] is not source):
+        return False
+    return user.target is _ASSERT or any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
+
+
+def rearranges(node: fx.Node) -> bool:
+    """Whether a node only moves the values of its first argument around."""
+    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
+    return node.op != "call_module" and is_rearrangement(function, node.args, node.kwargs)
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase what nobody uses: `B, N, C = x.shape` reads more than most code needs, a loop more than it keeps."""
+    for node in reversed(graph.nodes):
+        pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
+        if node.op == "call_function" and pure and not node.users and not node.meta["changes"]:
+            graph.erase_node(node)

@@ -1,0 +1,391 @@
+"""Runs a model, or one frame of it, on fake tensors and records every frame.
+
+Every frame traces itself when its turn comes (`revwire.trace.tracer`), and the values that flow between frames tell
+afterwards which residual follows which (`revwire.find.probe`). Nothing of the model changes: parameters and buffers are
+fake stand-ins, hooks do not fire, attributes and random states are put back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+import warnings
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from revwire._torch import CheckpointFrame, FakeTensorMode, quiet_fake_tensors
+from revwire.find.residual import joined_arguments
+from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from revwire.run.rearrange import is_rearrangement
+from revwire.trace.frame import (
+    Frame,
+    Identity,
+    Inlined,
+    TraceFailure,
+    constant_for,
+    identity,
+    is_input,
+    may_inline,
+    names_in,
+    original_forward,
+    settings_of,
+)
+from revwire.trace.graph import ancestors, drop_unused, seen_through
+from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
+from revwire.trace.tracer import FrameTracer, ValueProxy, answering_isinstance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+
+class Recorder:
+    """Runs a model, or one frame of it, once on example values, and records every frame.
+
+    Use as a context manager: inside, modules called through `nn.Module.__call__` trace themselves (without their
+    hooks), parameters and buffers are fake stand-ins, and random state is left as it was.
+
+    Args:
+        root: The model, or the one module.
+        nested: Trace the frames of children too.
+        real: Run on real tensors, for a model that decides by the numbers in them.
+        inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
+    """
+
+    def __init__(
+        self, root: nn.Module, *, nested: bool = True, real: bool = False, inline: Iterable[str] = ()
+    ) -> None:
+        self.root = root
+        self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        self.frames: list[Frame] = []
+        self.origins: dict[Identity, Identity] = {}
+        self.tracing: FrameTracer | None = None
+        self.order = itertools.count()
+        self._nested = nested
+        self._calling: Frame | None = None
+        self._alive: list[Any] = []
+        self._names = {id(m): name for name, m in root.named_modules()}
+        self._inline = {id(root.get_submodule(path)) for path in inline}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Fake parameters, patched calls and saved random state, for the length of the block."""
+        with ExitStack() as stack:
+            # what the model warns of here it warns of again when it runs, there with the line that is to blame
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.enter_context(random_kept())
+            stack.enter_context(quiet_fake_tensors())
+            stack.enter_context(attributes_kept(self.root))
+            stack.enter_context(uncached(self.root))
+            self._stand_in_fakes()
+            stack.enter_context(torch.enable_grad())
+            if self.fake is not None:
+                stack.enter_context(self.fake)
+            stack.enter_context(_patched_modules(self))
+            stack.enter_context(_patched_functions(self))
+            stack.enter_context(answering_isinstance())
+            stack.enter_context(_Functions(self))
+            yield
+
+    def _stand_in_fakes(self) -> None:
+        for module in self.root.modules():
+            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in stores:
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[key] = self._stand_in(tensor)
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        if self.fake is not None:
+            return self.fake.from_tensor(tensor)
+        return nn.Parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+    def example(self, tree: Any) -> Any:
+        """`tree` with fake tensors like its own (or, `real`, copies of them) in their place; objects are copied.
+
+        Call it before `recording`: inside, a real tensor would be detached on its way through the fake mode.
+        """
+
+        def stand_in(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return self._stand_in(leaf.detach())
+            # an object that the run may change is a copy too, with fake tensors in it
+            return snapshot(leaf, stand_in) if is_object(leaf) else leaf
+
+        return tree_map(stand_in, tree)
+
+    def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`function` on example values; remembers which results are mere rearrangements of which."""
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        before = None if source is None else identity(source)
+        with self.unobserved():
+            result = function(*args, **kwargs)
+            unchanged = source is not None and result is source and before == identity(source)
+            if unchanged and not is_rearrangement(function, args, kwargs):
+                # dropout in eval mode hands back its very input, yet at run time it leaves the chain
+                result = result.view(result.shape)
+        if isinstance(result, Tensor):
+            self._alive.append(result)
+            if before and result is not source and is_rearrangement(function, args, kwargs):
+                self.origins[identity(result)] = before
+        return result
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """What the block runs is no part of the frame being traced."""
+        outer, self.tracing = self.tracing, None
+        try:
+            yield
+        finally:
+            self.tracing = outer
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `nn.Module.__call__` becomes while recording."""
+        tracer = self.tracing
+        if tracer is None:
+            return self._run(module, args, kwargs, None)
+        if (path := tracer.paths.get(id(module))) is None:
+            raise TraceFailure(f"calls a {type(module).__name__} that is no child of it")
+        _check_random(tracer)
+        if id(module) in self._inline and may_inline(module):
+            return self._run_inline(tracer, path, module, args, kwargs)
+        args, kwargs = tracer.fresh((args, kwargs))
+        values, named = tracer.unwrap((args, kwargs))
+        given = tree_flatten((values, named))
+        before = tracer.versions(args, kwargs)
+        mark = len(self.frames)
+        proxy = tracer.record("call_module", path, args, kwargs, None)
+        result = self._run(module, values, named, proxy.node)
+        tracer.give_value(proxy.node, result)
+        tracer.note_changes(proxy.node, before)
+        changes_lists = not _same_structure(given, (values, named))
+        if self._nested and may_inline(module) and not proxy.node.meta["changes"]:
+            child = self.frames[mark] if len(self.frames) > mark else None
+            if changes_lists or (child is not None and _belongs_to_caller(child, tracer.frame, proxy.node)):
+                tracer.forget(proxy.node)
+                del self.frames[mark:]
+                self._inline.add(id(module))
+                return self._run_inline(tracer, path, module, args, kwargs)
+        if changes_lists:
+            raise TraceFailure(f"hands {path} a list or dict, which that changes")
+        tracer.expected_random = python_random()  # what a child draws, it draws again when it runs
+        return proxy
+
+    def _run_inline(
+        self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a child's code as part of the frame being traced."""
+        training = module.training if "training" in names_in(type(module)) else None
+        tracer.frame.inlined[path] = Inlined(path, type(module), training, settings_of(module))
+        attributes = Attributes(module)
+        output = original_forward(module)(*args, **kwargs)
+        if changed := attributes.changed():
+            attributes.put_back()
+            raise TraceFailure(f"stores a value on {path} in forward: {', '.join(changed)}")
+        return output
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
+        outer = self.tracing, self._calling
+        frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
+        self.tracing, self._calling = None, frame
+        try:
+            if not self._nested or _is_plain(module):
+                return original_forward(module)(*args, **kwargs)
+            mark = len(self.frames)
+            self.frames.append(frame)
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if is_object(leaf)]
+            before = [snapshot(leaf, lambda tensor: tensor) for leaf in given]
+            try:
+                return self.trace(frame, args, kwargs)
+            except TraceFailure as failure:
+                frame.failure, frame.graph = str(failure), None
+            except Exception as error:  # noqa: BLE001 - proxies meet code that only takes real tensors
+                frame.failure = f"cannot be traced: {type(error).__name__}: {_first_line(error)}"
+                frame.graph = None
+            del self.frames[mark + 1 :]
+            self.tracing = None
+            for leaf, was in zip(given, before, strict=True):
+                leaf.__dict__.update(
+                    was.__dict__
+                )  # what the frame changed before it failed, it changes again
+            return original_forward(module)(*args, **kwargs)
+        finally:
+            self.tracing, self._calling = outer
+
+    def trace(self, frame: Frame, args: Any, kwargs: Any) -> Any:
+        """Trace one frame on example values; fills `frame` and returns the frame's value.
+
+        Raises:
+            TraceFailure: the frame does something a graph would not reproduce.
+        """
+        module = frame.module
+        tracer = FrameTracer(self, frame)
+        leaves, frame.spec = tree_flatten((args, kwargs))
+        frame.constants = tuple(map(constant_for, leaves))
+        frame.arguments = _argument_names(module, args, kwargs)
+        frame.guards.settings = settings_of(module)
+        frame.guards.training = module.training if "training" in names_in(type(module)) else None
+        inputs = [
+            tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        args, kwargs = tree_unflatten(inputs, frame.spec)
+        given = tree_flatten((args, kwargs))
+        attributes = Attributes(module)
+        tracer.expected_random = python_random()
+        self.tracing = tracer
+        try:
+            output = original_forward(module)(*args, **kwargs)
+        except BaseException:
+            attributes.put_back()
+            raise
+        finally:
+            self.tracing = None
+        if not _same_structure(given, (args, kwargs)):
+            raise TraceFailure("changes a list or dict that it is given")
+        if changed := attributes.changed():
+            # what it stored are proxies, which the run that follows must not find
+            attributes.put_back()
+            raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
+        _check_random(tracer)
+        output = tracer.fresh(output)
+        leaves, spec = tree_flatten(output)
+        if all(type(leaf) is ValueProxy for leaf in (output if type(output) is tuple else (output,))):
+            tracer.graph.output(tracer.create_arg(output))
+        else:
+            # dicts, dataclasses and classes of outputs are made again outside of the graph
+            frame.output = spec
+            tracer.graph.output(tracer.create_arg(tuple(leaves)))
+        drop_unused(tracer.graph)
+        frame.graph = tracer.graph
+        return tracer.unwrap(output)
+
+
+def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
+    """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
+    if child.graph is None or (joined := joined_arguments(child)) is None:
+        return False
+    leaves = tree_leaves((node.args, node.kwargs))
+
+    def given(placeholder: fx.Node) -> fx.Node | None:
+        leaf = leaves[int(str(placeholder.target)[len("input_") :])]
+        return seen_through(frame, leaf) if isinstance(leaf, fx.Node) else None
+
+    skip, others = given(joined[0]), [given(other) for other in joined[1]]
+    if skip is None or None in others:
+        return False
+    sources = ancestors(n for n in others if n is not None) | set(others)
+    # both may be the caller's own arguments: then it is for the frame above to say
+    return skip in sources or skip.op == "placeholder"
+
+
+class _Functions(TorchFunctionMode):
+    """Sends every torch function to the frame being traced, factory functions without tensors included."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.recorder.tracing
+        if tracer is None:
+            return self.recorder.compute(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        kind, target = (
+            ("call_method", name) if getattr(Tensor, name, None) is func else ("call_function", func)
+        )
+        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy(kind, target, args, kwargs)
+        value = self.recorder.compute(func, args, kwargs)
+        made = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        return tracer.record(kind, target, args, kwargs, value) if made else value
+
+
+@contextmanager
+def _patched_modules(recorder: Recorder) -> Iterator[None]:
+    """Module calls and reads of parameters go through `recorder`."""
+    call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, threading.get_ident()
+
+    def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return call(module, *args, **kwargs)
+        return recorder.call(module, args, kwargs)
+
+    def patched_getattr(module: nn.Module, key: str) -> Any:
+        value = getattribute(module, key)
+        if recorder.tracing is not None and isinstance(value, Tensor) and threading.get_ident() == thread:
+            return recorder.tracing.parameter(module, key, value)
+        return value
+
+    nn.Module.__call__, nn.Module.__getattr__ = patched_call, patched_getattr  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign]
+
+
+@contextmanager
+def _patched_functions(recorder: Recorder) -> Iterator[None]:
+    """What a frame's own code must not call: it cannot be recorded, and hands proxies to C++ code."""
+    apply, start = torch.autograd.Function.__dict__["apply"], CheckpointFrame.__init__
+
+    def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.tracing is not None:
+            # a custom autograd.Function would dissolve into its forward
+            raise TraceFailure(
+                f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
+            )
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def patched_start(*args: Any, **kwargs: Any) -> None:
+        if recorder.tracing is not None:
+            raise TraceFailure(
+                "calls torch.utils.checkpoint itself; a rewired chain does without, so turn it off"
+            )
+        start(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(patched)
+    CheckpointFrame.__init__ = patched_start  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+        CheckpointFrame.__init__ = start  # type: ignore[method-assign]
+
+
+def _check_random(tracer: FrameTracer) -> None:
+    if tracer.expected_random != python_random():
+        raise TraceFailure("draws Python random numbers to decide what to run")
+
+
+def _argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """For each leaf of `(args, kwargs)`, the parameter of `forward` that receives it."""
+    bound = inspect.signature(original_forward(module)).bind(*args, **kwargs)
+    names = {id(value): name for name, value in bound.arguments.items()}
+    for name, value in bound.arguments.items():
+        if isinstance(value, tuple | dict):
+            names.update((id(v), name) for v in (value.values() if isinstance(value, dict) else value))
+    return tuple(
+        names.get(id(top), "?") for top in (*args, *kwargs.values()) for _ in range(len(tree_leaves(top)))
+    )
+
+
+def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:
+    """Whether lists and dicts in `tree` hold the same objects as when it was flattened."""
+    leaves, spec = tree_flatten(tree)
+    return spec == before[1] and all(a is b for a, b in zip(before[0], leaves, strict=True))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own without children: an operation, nothing to look into."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -1,0 +1,356 @@
+"""One module's frame -> an fx graph, with a value at every node.
+
+A frame is the code of one module's own `forward`; the children it calls stay opaque. It is traced by running it
+on proxies that carry example values (fake tensors: shapes and dtypes, no data), so that branching on `None`, on a
+shape or on a Python number, tuples from children and factory functions all trace as they run. What such a branch
+looked at becomes a guard (`Guards`): the graph holds for calls that agree on it, any other call is traced again.
+
+Here are the proxies and the graph they build; `revwire.trace.frame` has what becomes of it, `revwire.trace.recorder`
+runs the code.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TracerBase
+
+from revwire.pytree import is_object, tree_leaves, tree_map
+from revwire.trace.frame import Frame, TraceFailure, storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from revwire.trace.recorder import Recorder
+
+_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+_CONCRETE = {
+    "dtype": "dtype",
+    "device": "device",
+    "layout": "dtype",
+    "ndim": "shape",
+    "is_cuda": "device",
+    "is_cpu": "device",
+    "is_mps": "device",
+    "is_sparse": "dtype",
+    "is_nested": "dtype",
+}
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows its example value, so Python code can look at it and go on.
+
+    `isinstance` answers for the value where Python code asks (`answering_isinstance`). torch's C++ code, which asks
+    too, is told the truth: it would take a proxy that claims to be a tensor for one, and crash.
+    """
+
+    tracer: FrameTracer
+
+    def __init__(self, node: fx.Node, tracer: FrameTracer) -> None:
+        super().__init__(node, tracer)
+
+    @property
+    def value(self) -> Any:
+        """The example value this proxy stands for."""
+        return self.node.meta["value"]
+
+    def __getattr__(self, name: str) -> Any:
+        if isinstance(self.value, Tensor):
+            if name in _CONCRETE:
+                self.tracer.guards.properties.add(_CONCRETE[name])
+                return getattr(self.value, name)
+            if name in {"requires_grad", "grad_fn", "is_leaf", "grad", "data"}:
+                raise TraceFailure(f"reads .{name} of a tensor")
+        if not hasattr(self.value, name):
+            raise AttributeError(name)
+        if self.of_object and isinstance(value := getattr(self.value, name), _PLAIN):
+            return self._pinned(name, value)
+        if callable(getattr(self.value, name)):
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", name, (self, *args), kwargs
+            )
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    @property
+    def of_object(self) -> bool:
+        """Whether the value is an object with a state, or came out of one."""
+        return bool(self.node.meta["of_object"])
+
+    def _pinned(self, name: str, value: Any) -> Any:
+        """A plain attribute of an object: a constant of the graph, which holds for calls that agree on it."""
+        names: tuple[str, ...] = (name,)
+        node = self.node
+        while node.op == "call_function" and node.target is getattr:
+            names, node = (str(node.args[1]), *names), node.all_input_nodes[0]
+        if node.op != "placeholder":
+            raise TraceFailure(f"reads {name!r} of what an object returned")
+        self.tracer.guards.attributes[str(node.target), names] = value
+        return value
+
+    def _concrete(self) -> Any:
+        if isinstance(self.value, Tensor):
+            raise TraceFailure("decides by the numbers in a tensor")
+        if self.of_object:
+            raise TraceFailure(f"decides by what an object returned ({self.node.name})")
+        self.tracer.guards.properties.add("shape")
+        return self.value
+
+    def __bool__(self) -> bool:
+        return bool(self._concrete())
+
+    def __int__(self) -> int:
+        return int(self._concrete())
+
+    def __float__(self) -> float:
+        return float(self._concrete())
+
+    def __index__(self) -> int:
+        return operator.index(self._concrete())
+
+    def __hash__(self) -> int:
+        return id(self) if isinstance(self.value, Tensor) else hash(self._concrete())
+
+    def __len__(self) -> int:
+        if self.of_object and not isinstance(self.value, tuple):
+            raise TraceFailure(f"decides by what an object returned ({self.node.name})")
+        if isinstance(self.value, Tensor):
+            self.tracer.guards.properties.add("shape")
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(self.value)
+        return (self[i] for i in range(len(self)))  # type: ignore[index]
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(self.value, Tensor):
+            raise TraceFailure("decides by the numbers in a tensor")
+        return item in (self.value if isinstance(self.value, dict) else self._concrete())
+
+    def keys(self) -> Any:
+        """Keys of a proxied dict, so that `**proxy` works."""
+        return self.value.keys()
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", set_item, (self, key, item), {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ValueProxy:
+        return self
+
+
+@contextmanager
+def answering_isinstance() -> Iterator[None]:
+    """For the length of the block, `isinstance(proxy, kinds)` holds where it holds for the proxy's value."""
+    original = builtins.isinstance
+
+    def answer(thing: Any, kinds: Any) -> bool:
+        if type(thing) is ValueProxy and original(thing.value, kinds):
+            return True
+        return original(thing, kinds)
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
+
+
+def _inplace_operator(name: str) -> Callable[[ValueProxy, Any], Any]:
+    def method(self: ValueProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in _INPLACE:
+    setattr(ValueProxy, f"__{_name}__", _inplace_operator(_name))
+
+
+def set_item(target: Any, key: Any, item: Any) -> Any:
+    """`target[key] = item` as a function of what it changes: in a graph, what comes after depends on it."""
+    target[key] = item
+    return target
+
+
+def updated(tensor: Tensor, *_changes: Any) -> Tensor:
+    """`tensor` after it was changed in place through other names (its views), which `_changes` did."""
+    return tensor
+
+
+class FrameTracer(TracerBase):
+    """Builds one frame's graph while the frame's code runs on `ValueProxy` arguments."""
+
+    def __init__(self, recorder: Recorder, frame: Frame) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.frame = frame
+        self.guards = frame.guards
+        self.graph = fx.Graph()
+        self.scope = fx.proxy.Scope("", None)
+        self.module_stack = {}  # type: ignore[assignment]
+        self.node_name_to_scope = {}
+        self.contexts = _contexts()
+        self.expected_random: Any = None
+        self._newest: dict[int, fx.Node] = {}
+        self._changes: list[tuple[int, fx.Node]] = []
+        self.paths = {id(m): name for name, m in frame.module.named_modules(remove_duplicate=True)}
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        """A value-carrying proxy for `node`."""
+        return ValueProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        """Record a call and compute its example value."""
+        if kind not in {"call_function", "call_method"}:
+            return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        args, kwargs = self.fresh((args, kwargs))
+        values, keywords = self.unwrap((args, kwargs))
+        function = target
+        if kind == "call_method":
+            own = isinstance(values[0], Tensor)
+            function = getattr(Tensor if own else values[0], target)
+            values = values if own else values[1:]
+        before = self.versions(args, kwargs)
+        value = self.recorder.compute(function, values, keywords)
+        if value is NotImplemented:
+            return value
+        proxy = self.record(kind, target, args, kwargs, value)
+        self.note_changes(proxy.node, before)
+        return proxy
+
+    def fresh(self, tree: Any) -> Any:
+        """A structure of arguments with each tensor known by the newest node that it is the value of.
+
+        Code that changes a tensor in place and goes on with its old name means the changed tensor; in a graph that is
+        another node.
+
+        Raises:
+            TraceFailure: a tensor was changed by something that this frame did not see.
+        """
+
+        def newest(leaf: Any) -> Any:
+            if type(leaf) is not ValueProxy or not isinstance(leaf.value, Tensor):
+                return leaf
+            value, version = leaf.value, leaf.value._version
+            if leaf.node.meta["version"] == version:
+                return leaf
+            known = self._newest.get(id(value))
+            if known is not None and known.meta["version"] == version:
+                return self.proxy(known)
+            key = self._storage(value)
+            changes = [node for changed, node in self._changes if changed == key and node > leaf.node]
+            if not changes:
+                raise TraceFailure("goes on with a tensor that something else changed in place")
+            return self.record("call_function", updated, (leaf, *map(self.proxy, changes)), {}, value)
+
+        return tree_map(newest, tree)
+
+    def versions(self, *tree: Any) -> list[tuple[Tensor, int]]:
+        """The tensors among the arguments of a call, with their in-place versions."""
+        leaves = (p.value for p in tree_leaves(tree) if type(p) is ValueProxy)
+        return [(value, value._version) for value in leaves if isinstance(value, Tensor)]
+
+    def note_changes(self, node: fx.Node, before: list[tuple[Tensor, int]]) -> None:
+        """Remember on `node` which of its arguments its call has changed in place."""
+        changed = frozenset(self._storage(t) for t, version in before if t._version != version)
+        node.meta["changes"] = changed
+        self._changes += [(key, node) for key in changed]
+
+    def _storage(self, tensor: Tensor) -> int:
+        with self.recorder.unobserved():
+            return storage(tensor)
+
+    def record(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> ValueProxy:
+        """Record a node whose example value is known."""
+        if _contexts() != self.contexts:
+            raise TraceFailure("runs part of its code under a context of its own (autocast, no_grad)")
+        # a child may be called self (BERT's attention.self), which generated code calls the module itself
+        name = "self_child" if target == "self" else None
+        proxy: ValueProxy = super().create_proxy(kind, target, args, kwargs, name)  # type: ignore[assignment]
+        order = next(self.recorder.order)
+        proxy.node.meta.update(line=_user_line(self.frame.module), order=order, changes=frozenset())
+        self.give_value(proxy.node, value)
+        return proxy
+
+    def give_value(self, node: fx.Node, value: Any) -> None:
+        """Make `value`, as it is now, the example value of `node`."""
+        came = any(source.meta.get("of_object") for source in node.all_input_nodes) and not isinstance(
+            value, Tensor
+        )
+        node.meta.update(value=value, version=0, of_object=came or is_object(value))
+        if isinstance(value, Tensor):
+            node.meta["version"] = value._version
+            self._newest[id(value)] = node
+
+    def unwrap(self, tree: Any) -> Any:
+        """The example values in a structure of proxies."""
+        return tree_map(lambda leaf: leaf.value if type(leaf) is ValueProxy else leaf, _plain_slices(tree))
+
+    def create_arg(self, a: Any) -> Any:
+        """Lower an argument into the graph; a module's own tensors become reads of its attributes."""
+        if type(a) is ValueProxy:
+            if a.tracer is not self:
+                raise TraceFailure("keeps a tensor of an earlier call")
+            return a.node
+        if isinstance(a, Tensor):
+            return self.create_arg(self.attribute(a))
+        if isinstance(a, nn.Module):
+            raise TraceFailure(f"passes the module {type(a).__name__} to a function as a value")
+        return super().create_arg(a)
+
+    def attribute(self, tensor: Tensor) -> ValueProxy:
+        """The proxy of a tensor that some module below this frame holds as a plain attribute."""
+        for name, module in self.frame.module.named_modules():
+            for key, held in module.__dict__.items():
+                if held is tensor:
+                    return self.record("get_attr", f"{name}.{key}" if name else key, (), {}, tensor)
+        raise TraceFailure("uses a tensor that is no attribute of the module")
+
+    def forget(self, node: fx.Node) -> None:
+        """Take the call that was recorded last out of the graph."""
+        self.graph.erase_node(node)
+        self._newest = {key: known for key, known in self._newest.items() if known is not node}
+
+    def parameter(self, module: nn.Module, key: str, value: Tensor) -> ValueProxy:
+        """The proxy of a parameter or buffer read by this frame's code."""
+        if (path := self.paths.get(id(module))) is None:
+            raise TraceFailure(f"reads {key!r} of a module outside of it")
+        return self.record("get_attr", f"{path}.{key}" if path else key, (), {}, value)
+
+
+def _contexts() -> tuple[bool, ...]:
+    kinds = ("cpu", "cuda")
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in kinds))
+
+
+def _user_line(module: nn.Module) -> str:
+    """`file.py:123` of the code being traced: the innermost line in the file of the module's class."""
+    file = getattr(sys.modules.get(type(module).__module__), "__file__", None)
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, whatever its name
+    while file is not None and frame is not None:
+        if frame.f_code.co_filename == file:
+            return f"{file.rpartition('/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _plain_slices(tree: Any) -> Any:
+    """Slices opened up: pytrees treat them as leaves, and `x[:, :n]` may hold a proxy as `n`."""
+
+    def opened(leaf: Any) -> Any:
+        if isinstance(leaf, slice):
+            parts = (leaf.start, leaf.stop, leaf.step)
+            return slice(*(p.value if type(p) is ValueProxy else p for p in parts))
+        return leaf
+
+    return tree_map(opened, tree)
