@@ -41,11 +41,13 @@ from benchmarks.coverage_report import Planned, Verified
 from benchmarks.operators import ResidualCounter
 from benchmarks.zoo import SOURCES, Entry, entries, fewer_blocks
 from revwire import ReplayError
-from revwire.find.probe import make_plan, probe
-from revwire.measure.step import LiveBytes
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import apply_plan, call_arguments
+from revwire.find.probe import probe
+from revwire.libraries.inputs import call_arguments
+from revwire.measure.live_bytes import LiveBytes
+from revwire.planning.chains import make_plan
+from revwire.rewrite.swap import apply_plan
 from revwire.run.coupling import Re2TAL
+from revwire.run.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

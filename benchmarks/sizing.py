@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 import revwire
 from benchmarks import record
-from revwire.measure.step import LiveBytes
+from revwire.measure.live_bytes import LiveBytes
 from revwire.measure.strategies import treated
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.strategies import STRATEGIES
 from revwire.errors import RevwireError
-from revwire.measure.step import measure_step, time_alternating, training_step
+from revwire.measure.step import measure_step, training_step
+from revwire.measure.timing import time_alternating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from benchmarks.strategies import Strategy
-    from revwire.measure.step import Loss, StepMemory, Timing
+    from revwire.measure.step import Loss, StepMemory
+    from revwire.measure.timing import Timing
 
 
 @dataclass(frozen=True)

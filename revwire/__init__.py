@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from revwire.checkpoint import convert, load, save, to_original
     from revwire.errors import CheckpointError, ReplayError, RevwireError, RewireError
     from revwire.measure.budget import Budget
-    from revwire.measure.estimate import Estimate, Estimates, estimate
+    from revwire.measure.estimate import estimate
+    from revwire.measure.estimates import Estimate, Estimates
     from revwire.measure.report import Check, Report
     from revwire.measure.verify import verify
     from revwire.planning.plan import Chain, Joined, Plan, Skipped, Step
     from revwire.rewrite.schedule import Dr2NetSchedule
-    from revwire.rewrite.swap import plan_of, unwire, unwired
+    from revwire.rewrite.wired import plan_of, unwire, unwired
     from revwire.run.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
     from revwire.run.exact import Grid
     from revwire.run.streams import Streams
@@ -63,19 +64,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "revwire.checkpoint": ("convert", "load", "save", "to_original"),
-    "revwire.run.coupling": ("BDIA", "Coupling", "Dr2Net", "Momentum", "Re2TAL"),
-    "revwire.errors": ("CheckpointError", "ReplayError", "RevwireError", "RewireError"),
-    "revwire.run.exact": ("Grid",),
-    "revwire.measure.budget": ("Budget",),
-    "revwire.measure.estimate": ("Estimate", "Estimates", "estimate"),
-    "revwire.planning.plan": ("Chain", "Joined", "Plan", "Skipped", "Step"),
-    "revwire.measure.report": ("Check", "Report"),
     "revwire.api": ("plan", "rewire"),
-    "revwire.rewrite.schedule": ("Dr2NetSchedule",),
-    "revwire.run.streams": ("Streams",),
-    "revwire.rewrite.swap": ("plan_of", "unwire", "unwired"),
+    "revwire.checkpoint": ("convert", "load", "save", "to_original"),
+    "revwire.errors": ("CheckpointError", "ReplayError", "RevwireError", "RewireError"),
+    "revwire.measure.budget": ("Budget",),
+    "revwire.measure.estimate": ("estimate",),
+    "revwire.measure.estimates": ("Estimate", "Estimates"),
+    "revwire.measure.report": ("Check", "Report"),
     "revwire.measure.verify": ("verify",),
+    "revwire.planning.plan": ("Chain", "Joined", "Plan", "Skipped", "Step"),
+    "revwire.rewrite.schedule": ("Dr2NetSchedule",),
+    "revwire.rewrite.wired": ("plan_of", "unwire", "unwired"),
+    "revwire.run.coupling": ("BDIA", "Coupling", "Dr2Net", "Momentum", "Re2TAL"),
+    "revwire.run.exact": ("Grid",),
+    "revwire.run.streams": ("Streams",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,9 +9,13 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch import _assert as traced_assert
 from torch._compile import _disable_dynamo
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.batchnorm import _NormBase as AnyTrackingNorm
+from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import SUPPORTED_NODES as NODES
 from torch.utils._pytree import (
@@ -26,6 +30,9 @@ from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 
 __all__ = [
     "NODES",
+    "AnyBatchNorm",
+    "AnyDropout",
+    "AnyTrackingNorm",
     "CheckpointFrame",
     "DataDependentOutputException",
     "FakeTensor",
@@ -42,6 +49,7 @@ __all__ = [
     "quiet_fake_tensors",
     "register_pytree_node",
     "solely_held",
+    "traced_assert",
     "tree_flatten",
     "tree_leaves",
     "tree_map",

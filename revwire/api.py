@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from revwire.errors import RewireError
+from revwire.experimental.overlap import EXPERIMENTAL
+from revwire.measure.rewired import rewired
 from revwire.planning.dials import Dials, Globs, Transitions
-from revwire.rewrite.swap import Recording, fitting
+from revwire.rewrite.recording import Recording
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,22 +117,24 @@ def rewire(
         RewireError: no chain was found, the model is rewired already, `plan` does not fit, or nothing fits `budget`;
             the model is as it was.
     """
-    dials = Dials(chunks, keep, anchor, transitions)
-    if (plan is not None) + (budget is not None) + (dials != Dials()) > 1:
-        raise RewireError(
-            "chunks, keep, anchor and transitions are part of a plan, and chosen by a budget: pass one"
-        )
-    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
-    if budget is not None:
-        # imported here, as it estimates what this very function makes
-        from revwire.measure.budget import dials_within
-
-        dials = dials_within(model, example_inputs, budget, recording, overlap=overlap)
-    if plan is None:
-        chosen = dials.turned(recording.fresh, recording.found)
-    else:
-        chosen = fitting(plan, recording.fresh, recording.found)
-    recording.rewire(model, chosen, compiled=compile, overlap=overlap)
+    model, chosen = rewired(
+        model,
+        example_inputs,
+        coupling=coupling,
+        exact=exact,
+        include=include,
+        exclude=exclude,
+        chunks=chunks,
+        keep=keep,
+        anchor=anchor,
+        transitions=transitions,
+        budget=budget,
+        plan=plan,
+        compile=compile,
+        overlap=overlap,
+    )
+    if overlap:
+        warnings.warn(EXPERIMENTAL, stacklevel=2)
     for warning in chosen.warnings:
         warnings.warn(warning, stacklevel=2)
     return model

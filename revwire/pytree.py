@@ -163,12 +163,3 @@ def tree_map(function: Callable[[Any], Any], tree: Any, is_leaf: IsLeaf = None) 
 
 def _holds_others(kind: type) -> bool:
     return kind in NODES or issubclass(kind, tuple) or hasattr(kind, "__dataclass_fields__")
-
-
-_PLAIN = (bool, int, float, str, tuple, type(None))
-
-
-def plain_attributes(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """The numbers, words and the like that a module holds, but for its mode."""
-    held = ((k, repr(v)) for k, v in vars(module).items() if k != "training" and isinstance(v, _PLAIN))
-    return tuple(sorted(held))

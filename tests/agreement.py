@@ -6,10 +6,12 @@ import torch
 
 import revwire
 from revwire._torch import tree_leaves
-from revwire.find.probe import make_plan, probe
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import apply_plan, options_of, with_options
+from revwire.find.probe import probe
+from revwire.planning.chains import make_plan
+from revwire.rewrite.swap import apply_plan
+from revwire.rewrite.wired import options_of, with_options
 from revwire.run.coupling import Original, Re2TAL
+from revwire.run.options import Options
 
 WIDTH = 6
 

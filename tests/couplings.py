@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import revwire
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import options_of, with_options
+from revwire.rewrite.wired import options_of, with_options
+from revwire.run.options import Options
 
 WIDTH = 8
 

@@ -1,4 +1,4 @@
-"""Attention in parts: the scores of one part at a time, and no number changes."""
+"""Attention in slices: the scores of one part at a time, and no number changes."""
 
 import copy
 import math
@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import revwire
 from revwire import ReplayError, RewireError
-from revwire.measure.step import LiveBytes
-from revwire.run.attention import AttentionInParts, Scores
-from revwire.run.recipe import parts_of
+from revwire.measure.live_bytes import LiveBytes
+from revwire.run.attention import Scores, SlicedAttention
+from revwire.run.sliced_operations import spans_of
 
 WIDTH, HEADS, TOKENS, WINDOWS = 12, 3, 9, 4
 
@@ -35,7 +35,7 @@ def double(*shape):
 def test_parts_cover_everything_once_and_are_blocks_of_every_view(outer, inner, heads, count):
     leads = [(outer * inner, heads), (outer, inner, heads), (outer * inner * heads,)]
     total = math.prod(leads[0])
-    parts = parts_of(leads, count)
+    parts = spans_of(leads, count)
     if total < 2:
         assert parts is None
         return
@@ -49,7 +49,7 @@ def test_parts_cover_everything_once_and_are_blocks_of_every_view(outer, inner, 
 
 
 def test_views_that_do_not_nest_cannot_be_cut():
-    assert parts_of([(2, 6), (3, 4)], 2) is None
+    assert spans_of([(2, 6), (3, 4)], 2) is None
 
 
 # what models do between the products, each on scores of shape (samples * windows, heads, tokens, tokens)
@@ -112,8 +112,8 @@ def test_outputs_gradients_and_their_gradients_are_those_of_the_whole(between, s
     torch.manual_seed(seed)
     given_ = operands(samples)
     found = []
-    for mode in (AttentionInParts(1, "whole", always=True), AttentionInParts(parts, "parts", always=True)):
-        if mode.parts == 1:
+    for mode in (SlicedAttention(1, "whole", always=True), SlicedAttention(parts, "parts", always=True)):
+        if mode.slices == 1:
             out = attend(*given_, between)
         else:
             with mode:
@@ -135,7 +135,7 @@ def test_dropout_is_the_same_in_backward(between):
 
     def run(*tensors):
         torch.manual_seed(4)
-        with AttentionInParts(5, "parts", always=True):
+        with SlicedAttention(5, "parts", always=True):
             out = attend(*tensors, between, drop=0.3)
         torch.rand(7)  # backward must not draw from where the generator is by then
         return out
@@ -150,7 +150,7 @@ def test_dropout_is_the_same_in_backward(between):
 
 def test_small_scores_and_other_products_are_left_alone():
     q, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
-    with AttentionInParts(2, "parts") as mode:
+    with SlicedAttention(2, "parts") as mode:
         assert isinstance(q @ v.mT, torch.Tensor)
         large = torch.randn(2, 40, 3) @ torch.randn(2, 3, 40)
         assert isinstance(large, Scores)
@@ -166,7 +166,7 @@ def test_small_scores_and_other_products_are_left_alone():
 
 def test_weights_used_twice():
     q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
-    with AttentionInParts(2, "the.branch") as mode:
+    with SlicedAttention(2, "the.branch") as mode:
         weights = (q @ k.mT).softmax(-1)
         out = weights @ v
         assert not mode.reused
@@ -243,7 +243,7 @@ def test_steps_whose_attention_runs_in_parts_keep_their_gradients(
     model = revwire.rewire(net(), x_of(1), chunks=chunks, coupling=coupling, **dials).train(training)
     assert all(step.inside for step in revwire.plan_of(model).steps)
     x = x_of(batch, seed=seed)
-    # dropout draws part by part, so the same parts are compared, with everything kept for backward
+    # dropout draws slice by slice, so the same parts are compared, with everything kept for backward
     wanted, found = results(kept(model), x), results(model, x)
     assert_same(wanted, found, tolerance=0 if "exact" in dials else 1e-10)
     if not training and "exact" not in dials:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from benchmarks import depth
 from benchmarks.steps import Row
 from revwire.errors import RevwireError
-from revwire.measure.step import StepMemory, Timing
+from revwire.measure.step import StepMemory
+from revwire.measure.timing import Timing
 
 BLOCKS = {"two": 2, "four": 4, "nine": 9}
 

@@ -14,7 +14,8 @@ from benchmarks.memory import Case, Row, main, run, table, timm_case
 from benchmarks.steps import steps_to_come
 from benchmarks.strategies import worth_measuring
 from revwire.errors import RevwireError
-from revwire.measure.step import StepMemory, Timing
+from revwire.measure.step import StepMemory
+from revwire.measure.timing import Timing
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 6, "num_heads": 2, "num_classes": 3}
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from revwire import checkpoint
-from revwire.checkpoint.architecture import resolve
-from revwire.checkpoint.fit import check_fit
+from revwire.checkpoint.architecture import check_fit, resolve
 from revwire.checkpoint.reader import read
 from revwire.errors import CheckpointError
 

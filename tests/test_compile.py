@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import revwire
 from revwire.rewrite import compiled
-from revwire.rewrite.swap import options_of
+from revwire.rewrite.wired import options_of
 
 # torch's own, from inside of dynamo
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -16,9 +16,9 @@ from nets import NETS, assert_same, gradients, loss
 import revwire
 from revwire import RewireError
 from revwire.measure.drift import drifts
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import options_of, set_coupling, with_options
+from revwire.rewrite.wired import options_of, set_coupling, with_options
 from revwire.run.coupling import Original, coupling_of
+from revwire.run.options import Options
 
 
 def x_of(seed=0, batch=5, **kwargs):

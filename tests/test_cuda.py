@@ -8,8 +8,8 @@ import torch
 
 import revwire
 from revwire.measure.step import measure_step
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import options_of, with_options
+from revwire.rewrite.wired import options_of, with_options
+from revwire.run.options import Options
 
 pytestmark = [
     pytest.mark.cuda,

@@ -16,7 +16,7 @@ from torch import nn
 import revwire
 from revwire import ReplayError, RewireError
 from revwire._torch import solely_held
-from revwire.measure.step import LiveBytes
+from revwire.measure.live_bytes import LiveBytes
 
 WIDTH, TOKENS, DEPTH = 8, 6, 4
 

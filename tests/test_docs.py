@@ -33,8 +33,8 @@ from revwire.cli.app import app
 from revwire.cli.models import _FILE_SUFFIXES
 from revwire.cli.values import parse_arguments, parse_size
 from revwire.libraries import Architecture
-from revwire.measure.estimate import size_of
 from revwire.measure.strategies import STRATEGIES
+from revwire.printing import size_of
 from revwire.run.coupling import coupling_of
 
 ROOT = Path(__file__).parent.parent

@@ -15,11 +15,13 @@ import revwire
 from revwire import RevwireError, RewireError
 from revwire.cli.app import app
 from revwire.measure import budget
-from revwire.measure.estimate import _largest, size_of
+from revwire.measure.estimate import _largest
+from revwire.measure.live_bytes import LiveBytes
 from revwire.measure.spared import spared
-from revwire.measure.step import LiveBytes, mean_square
+from revwire.measure.step import mean_square
 from revwire.measure.strategies import STRATEGIES, treated
-from revwire.rewrite.swap import Recording
+from revwire.printing import size_of
+from revwire.rewrite.recording import Recording
 
 SMALL = {
     "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 2},

@@ -16,11 +16,12 @@ from torch import nn
 import revwire
 from revwire import Grid, RewireError
 from revwire.measure.drift import drifts
-from revwire.measure.step import LiveBytes
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import options_of, plan_of
-from revwire.run.coupling import Weights
-from revwire.run.exact import Watch, _pack, dropped_bits
+from revwire.measure.live_bytes import LiveBytes
+from revwire.rewrite.wired import options_of, plan_of
+from revwire.run.exact import _pack, dropped_bits
+from revwire.run.options import Options
+from revwire.run.recurrence import Weights
+from revwire.run.watch import Watch
 
 
 def x_of(seed=0, batch=4, dtype=torch.float32):

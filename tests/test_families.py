@@ -94,8 +94,8 @@ def test_bf16_autocast(name, training):
 
 
 def with_options(model, *, replay):
-    from revwire.rewrite.program import Options
-    from revwire.rewrite.swap import options_of, with_options
+    from revwire.rewrite.wired import options_of, with_options
+    from revwire.run.options import Options
 
     return with_options(model, Options(options_of(model).coupling, replay))
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
 from revwire import ReplayError
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import options_of, with_options
+from revwire.rewrite.wired import options_of, with_options
+from revwire.run.options import Options
 
 
 class Written(nn.Module):

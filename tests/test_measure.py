@@ -13,14 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import revwire
 from revwire._torch import FakeTensorMode
 from revwire.errors import RevwireError
-from revwire.measure.step import (
-    LiveBytes,
-    Timing,
-    mean_square,
-    measure_step,
-    time_alternating,
-    training_step,
-)
+from revwire.measure.live_bytes import LiveBytes
+from revwire.measure.step import mean_square, measure_step, training_step
+from revwire.measure.timing import Timing, time_alternating
 
 KIB = 1024  # bytes of torch.ones(256)
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import revwire
 from revwire.experimental import overlap
-from revwire.rewrite import program
-from revwire.rewrite.swap import options_of
+from revwire.rewrite import step
+from revwire.rewrite.wired import options_of
 
 MODELS = {
     "vit_tiny_patch16_224": ({"img_size": 32, "depth": 4, "embed_dim": 24, "num_heads": 2}, 32),
@@ -28,7 +28,7 @@ def with_streams(patch):
     device = Device()
     patch.setattr(overlap, "device_module", lambda _: device)
     patch.setattr(overlap, "_SIDES", {})
-    patch.setattr(program, "can_overlap", lambda _: True)
+    patch.setattr(step, "can_overlap", lambda _: True)
     return device
 
 

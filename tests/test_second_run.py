@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import revwire
 from revwire import ReplayError
-from revwire.rewrite.swap import options_of, with_options
+from revwire.rewrite.wired import options_of, with_options
 
 # -- buffers and attributes -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import revwire
 from benchmarks.zoo_transformers import ZOO
-from revwire.rewrite.swap import options_of, with_options
+from revwire.rewrite.wired import options_of, with_options
 
 # the whole list is verified by benchmarks/coverage.py; here one of each kind of frame
 SAMPLE = ["bert", "t5", "gpt2", "swin", "dinov3_vit", "timesformer", "wav2vec2"]

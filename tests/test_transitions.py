@@ -15,9 +15,9 @@ from torch import nn
 
 import revwire
 from revwire import ReplayError, RewireError
-from revwire.measure.step import LiveBytes
+from revwire.measure.live_bytes import LiveBytes
 from revwire.planning.plan import Joined
-from revwire.rewrite.program import PROGRAM
+from revwire.rewrite.wired import PROGRAM
 
 CHANNELS = 6
 

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire import api, libraries
-from revwire.checkpoint.architecture import resolve
-from revwire.checkpoint.fit import build, common_dtype
+from revwire.checkpoint.architecture import build, common_dtype, resolve
 from revwire.checkpoint.folder import stem_of
 from revwire.checkpoint.hub import default_out, is_hub, located
 from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_of
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import RewireError
+from revwire.libraries.inputs import call_arguments
 from revwire.measure.step import StepMemory, measure_step
 from revwire.measure.verify import verify as run_checks
+from revwire.printing import Printed
 from revwire.pytree import tree_leaves
-from revwire.rewrite.swap import call_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Savings:
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(Printed):
     """What `convert` found and did. Print it, or keep it as JSON (`to_dict`).
 
     Attributes:

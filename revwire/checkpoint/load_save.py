@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revwire import api, libraries
-from revwire.checkpoint.architecture import resolve
-from revwire.checkpoint.fit import build, check_fit, common_dtype
+from revwire.checkpoint.architecture import build, check_fit, common_dtype, resolve
 from revwire.checkpoint.metadata import rewiring_metadata, rewiring_of
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import CheckpointError, RevwireError, RewireError
 from revwire.libraries import Architecture
-from revwire.rewrite import swap
+from revwire.rewrite import wired
 from revwire.run.coupling import coupling_of
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ def save(
     """
     path = Path(path)
     check_out(path)
-    plan = swap.plan_of(model)
-    options = swap.options_of(model)
+    plan = wired.plan_of(model)
+    options = wired.options_of(model)
     if plan is None or options is None:
         raise CheckpointError(
             f"this {type(model).__name__} is not rewired: call revwire.rewire first, "

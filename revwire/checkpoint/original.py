@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revwire.checkpoint.architecture import resolve
-from revwire.checkpoint.fit import check_fit
+from revwire.checkpoint.architecture import check_fit, resolve
 from revwire.checkpoint.metadata import rewiring_of, without_rewiring
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write, write_texts
 from revwire.errors import CheckpointError, RewireError
+from revwire.printing import Printed
 from revwire.run.coupling import coupling_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(Printed):
     """What `to_original` wrote. Print it, or keep it as JSON (`to_dict`).
 
     Attributes:

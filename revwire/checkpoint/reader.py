@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from revwire import libraries
 from revwire.checkpoint.folder import file_in, is_index, shards
 from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
-from revwire.libraries import timm_models
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # Where training scripts put the weights, averaged ones first, and what goes before every name.
@@ -76,7 +76,7 @@ class Source:
 
     def tensors_for(self, library: str) -> Mapping[str, Tensor]:
         """The tensors under the names that a library knows them by: `model.` is part of transformers' own."""
-        return self.named_in_file if library == "transformers" else self.tensors
+        return self.named_in_file if library in libraries.OF_THE_HUB else self.tensors
 
 
 def read(path: str | Path) -> Source:
@@ -270,5 +270,5 @@ def _peeled(path: Path, names: Iterable[str], wrappers: Iterable[str]) -> dict[s
 
 def _training_metadata(loaded: Any) -> dict[str, str]:
     """How the model was built, where a training script of timm noted it, in the form of our own metadata."""
-    noted = timm_models.from_training(loaded) if isinstance(loaded, Mapping) else None
+    noted = libraries.from_training(loaded) if isinstance(loaded, Mapping) else None
     return {"architecture": noted.spec, "model_args": json.dumps(dict(noted.model_args))} if noted else {}

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -19,6 +18,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from revwire.cli.options import (
+    _COUPLINGS,
+    Amp,
+    ArchOption,
+    CouplingOption,
+    ExactOption,
+    InputSizeOption,
+    JsonOption,
+    ModelArgsOption,
+    ModelArgument,
+    Target,
+)
 from revwire.cli.values import finite, parse_arguments, parse_size
 from revwire.errors import RevwireError
 
@@ -37,56 +48,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Name of a timm or torchvision/ model (random weights); a checkpoint, or its folder; hf-hub:NAME.",
-    ),
-]
-_COUPLINGS = "re2tal, dr2net, momentum or bdia, with or without coefficients: 'dr2net(alpha=1,beta=0.125)'"
-CouplingOption = Annotated[
-    str | None,
-    typer.Option(
-        help=f"How the two streams are coupled: {_COUPLINGS}; by default the file's own, or re2tal."
-    ),
-]
-ExactOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--exact/--float", help="Streams in fixed point, inverted bit for bit; by default as the file says."
-    ),
-]
-ArchOption = Annotated[
-    str | None,
-    typer.Option(help="Name of the model in a file that does not tell: timm's, or torchvision/NAME."),
-]
-ModelArgsOption = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Arguments that build the model: '{\"num_classes\": 10}'.")
-]
-InputSizeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CxHxW", help="Size of one input, of a clip with its frames; by default the model's own."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
-
-class _Amp(str, Enum):
-    """Autocast of the forward."""
-
-    none = "none"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class _Target(str, Enum):
-    """What convert writes."""
-
-    rewired = "rewired"
-    original = "original"
 
 
 class _Result(Protocol):
@@ -232,7 +193,7 @@ def verify(
 def estimate(
     model: ModelArgument,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Inputs in the step.")] = 8,
-    amp: Annotated[_Amp, typer.Option(help="Autocast of the forward.")] = _Amp.none,
+    amp: Annotated[Amp, typer.Option(help="Autocast of the forward.")] = Amp.none,
     limit: Annotated[
         str | None,
         typer.Option("--limit", "--gpu", metavar="SIZE", help="Memory, such as 24GiB: what fits into it?"),
@@ -272,7 +233,7 @@ def estimate(
             batch_of(network, model, size, batch),
             strategies=strategy or COMMON,
             optimizer=None if optimizer == "none" else optimizer,
-            autocast=None if amp is _Amp.none else torch.bfloat16 if amp is _Amp.bf16 else torch.float16,
+            autocast=None if amp is Amp.none else torch.bfloat16 if amp is Amp.bf16 else torch.float16,
             accumulate=accumulate,
             limit=limit,
             vary=vary,
@@ -305,8 +266,8 @@ def convert(
     model_args: ModelArgsOption = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before writing.")] = True,
     to: Annotated[
-        _Target, typer.Option(help="original: the way back, a rewired checkpoint as its library's own.")
-    ] = _Target.rewired,
+        Target, typer.Option(help="original: the way back, a rewired checkpoint as its library's own.")
+    ] = Target.rewired,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint of the rewired model: the same tensors, and the plan in the metadata.
@@ -317,7 +278,7 @@ def convert(
     with _working(f"converting {file}") as say, _ended_in_order():
         from revwire import checkpoint
 
-        if to is _Target.original:
+        if to is Target.original:
             back = checkpoint.to_original(file, out, arch=arch, model_args=arguments, progress=say)
             _print(back, as_json=as_json)
             return

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from revwire.measure.estimate import in_words
+from revwire.libraries import OPTIONAL, TIMM
+from revwire.printing import Printed, in_words
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-_NEEDED = ("revwire", "torch", "timm", "safetensors", "typer", "rich")
+_NEEDED = ("revwire", "torch", TIMM, "safetensors", "typer", "rich")
 _OPTIONAL = {
-    "torchvision": "its models; timm needs it",
-    "transformers": "Hugging Face models",
+    **OPTIONAL,
     "matplotlib": "pictures of the benchmarks: pip install 'revwire[bench]'",
     "scikit-learn": "the example on digits: pip install 'revwire[examples]'",
 }
@@ -40,7 +40,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Printed):
     """All findings; prints as a table."""
 
     findings: tuple[Finding, ...]

@@ -16,17 +16,28 @@ keep them apart, and tests/test_overlap.py checks that no two kernels meet witho
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from revwire._torch import only_shapes
+from revwire._torch import FakeTensor, backward_pass, only_shapes
+from revwire.errors import ReplayError
+from revwire.run.recurrence import Weights
+from revwire.run.tape import Link
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
+    from revwire.run.branch import Branch, BranchRun
+    from revwire.run.tape import Pass, Tape
+
+EXPERIMENTAL = (
+    "overlap=True is experimental: its numbers are tested, but no GPU has shown yet that it pays; measure a step "
+    "with and without it"
+)
 
 _SIDES: dict[tuple[torch.device, Any], Any] = {}
 
@@ -84,3 +95,64 @@ class Ahead:
         # nobody asked for it, or an error ended the backward: its memory must not be given away while it runs
         if self._done is not None:
             self._main.wait_event(self._done)
+
+
+class OverlappedLink(Link):
+    """A step whose second run may start while the gradients of the step after it are computed."""
+
+    def __init__(self, tape: Tape, position: int, branch: Branch, *, bottom: bool) -> None:
+        super().__init__(tape, position, branch, bottom=bottom)
+        self._ahead: weakref.WeakKeyDictionary[Pass, Ahead] = weakref.WeakKeyDictionary()
+
+    def run_again(self, now: Pass, run: int) -> dict[int, Tensor]:
+        """What the run ahead saved, if there was one; then the step before starts its own."""
+        ahead = self._join(now)
+        saved = super().run_again(now, run) if ahead is None else ahead.saved
+        self._ahead.pop(now, None)
+        below = None if self.before is None else self.before()
+        if isinstance(below, OverlappedLink) and backward_pass() != -1:
+            below.start_ahead(now)
+        return saved
+
+    def take(self, now: Pass, *, last: bool) -> tuple[Tensor, Tensor | None]:
+        """As any link, after what the step after this one makes ahead is there."""
+        if isinstance(self.next, OverlappedLink):
+            self.next._join(now)  # noqa: SLF001 - of this class
+        return super().take(now, last=last)
+
+    def start_ahead(self, now: Pass) -> None:
+        """Run the branch again before a ticket asks for it: beside the gradients of the step after this one."""
+        assert self.next is not None
+        pair = now.pairs.get(self.next.position)
+        whole = self.branch.slices is None and len(self.runs) == 1 and not self.runs[0].silent
+        # an exact step takes what it is reconstructed from out of a store of its own; parameters of another class than
+        # torch's (sharded ones) may do more than compute when they are used
+        if pair is None or not whole or not isinstance(self.inverse, Weights):
+            return
+        if not _plain_parameters(self.runs[0]):
+            return
+        if (self.position, 0) in now.saved or self.position in now.opened:
+            return
+        ahead = Ahead(pair[0].device, pair if self._reconstructs else pair[:1])
+        try:
+            with ahead.running():
+                ahead.saved = super().run_again(now, 0)
+        except ReplayError:
+            # raised again when a ticket asks, if this backward asks for this step at all
+            return
+        self._ahead[now] = ahead
+
+    def _join(self, now: Pass) -> Ahead | None:
+        """Wait for the branch's run ahead, if there is one."""
+        if (ahead := self._ahead.get(now)) is not None:
+            ahead.join()
+            # a weight may have been updated meanwhile (an optimizer in a hook of its gradient)
+            self.runs[0].check_unchanged()
+        return ahead
+
+
+def _plain_parameters(run: BranchRun) -> bool:
+    """Whether the parameters of a branch are tensors of torch's own class."""
+    assert run.conditions is not None
+    held = (held.tensor for held in run.conditions.parameters)
+    return all(type(tensor) in {Tensor, nn.Parameter, FakeTensor} for tensor in held)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from revwire.find.elementwise import may_draw
 from revwire.trace.frame import Frame, storage
-from revwire.trace.tracer import updated
+from revwire.trace.proxy import updated
 
 if TYPE_CHECKING:
     from revwire.find.residual import Residual

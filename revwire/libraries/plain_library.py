@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from revwire.libraries import noise
 from revwire.libraries.comparison import difference
+from revwire.libraries.interface import noise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from revwire.libraries import Architecture
+    from revwire.libraries.interface import Architecture
 
 
 def shown(model_args: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,3 +69,15 @@ def companions(architecture: Architecture) -> Mapping[str, str]:
     """The files that belong beside the weights: none."""
     del architecture
     return {}
+
+
+def from_config(config: Mapping[str, Any]) -> Architecture | None:
+    """The model that a `config.json` describes: none, as this library writes no such file."""
+    del config
+    return None
+
+
+def from_training(checkpoint: Mapping[Any, Any]) -> Architecture | None:
+    """The model that a training checkpoint names: none, as this library's scripts note none."""
+    del checkpoint
+    return None

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture, noise
 from revwire.libraries.comparison import differences
+from revwire.libraries.interface import Architecture, noise
 from revwire.libraries.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ __all__ = [
     "describe",
     "example_inputs",
     "exists",
+    "from_config",
+    "from_training",
     "load",
     "misfit",
     "recipe",

@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture, timm_models
+from revwire.libraries import timm_models
 from revwire.libraries.comparison import counted, shapes_of
+from revwire.libraries.interface import Architecture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

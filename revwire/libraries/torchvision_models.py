@@ -13,9 +13,18 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture, noise
 from revwire.libraries.comparison import counted, differences, shapes_of
-from revwire.libraries.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
+from revwire.libraries.interface import Architecture, noise
+from revwire.libraries.plain_library import (
+    companions,
+    from_config,
+    from_training,
+    load,
+    misfit,
+    shown,
+    sized_inputs,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,6 +40,8 @@ __all__ = [
     "describe",
     "example_inputs",
     "exists",
+    "from_config",
+    "from_training",
     "load",
     "misfit",
     "recipe",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from revwire.errors import RevwireError
-from revwire.libraries import Architecture
 from revwire.libraries.comparison import differences, faults, shape_of
+from revwire.libraries.interface import Architecture
+from revwire.libraries.plain_library import from_training
 from revwire.libraries.transformers_config import (
     LIBRARY,
     alone,
@@ -32,6 +33,23 @@ from revwire.libraries.transformers_inputs import inputs_for
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+__all__ = [
+    "companions",
+    "create",
+    "describe",
+    "example_inputs",
+    "exists",
+    "from_config",
+    "from_training",
+    "load",
+    "misfit",
+    "recipe",
+    "shown",
+    "sized_inputs",
+    "tensors_of",
+    "unknown_name",
+]
 
 _SLACK = 2**24  # parameters that a file may lack before the model is not even built to tell which
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from revwire.errors import RewireError
-from revwire.measure.estimate import Optimizer, estimate, in_words, size_of
+from revwire.errors import RevwireError, RewireError
+from revwire.find.alike import kind_of
+from revwire.measure.fake_step import Optimizer, TrainingStep
 from revwire.measure.spared import spared
+from revwire.planning.choose import nothing_to_rewire
 from revwire.planning.dials import Dials, Transitions
-from revwire.planning.slicing import kind_of
-from revwire.rewrite.swap import nothing_to_rewire
+from revwire.printing import in_words, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from revwire.measure.step import Loss
-    from revwire.rewrite.swap import Recording
+    from revwire.rewrite.recording import Recording
 
 _LOG = logging.getLogger("revwire")
 _ALMOST_ALL = 0.75
@@ -93,14 +94,27 @@ def dials_within(
     wanted = budget if isinstance(budget, Budget) else Budget(budget)
     limit = size_of(wanted.limit)
     levels = Levels.of(recording)
+    step = TrainingStep.of(
+        model,
+        example_inputs,
+        optimizer=wanted.optimizer,
+        loss_fn=wanted.loss_fn,
+        autocast=wanted.autocast,
+        accumulate=wanted.accumulate,
+        device=wanted.device,
+    )
+    optimization = step.optimized(step.on_meta(model)[0])
     peaks: dict[Dials, int] = {}
 
     def peak(setting: Setting, level: int) -> int:
         dials = levels.dials(setting, level)
         if dials not in peaks:
             chosen = dials.turned(recording.fresh, recording.found)
-            rewired = partial(recording.rewire, chosen=chosen, overlap=overlap)
-            peaks[dials] = _peak(model, example_inputs, wanted, rewired)
+            try:
+                rewired = recording.rewire(step.on_meta(model)[0], chosen, overlap=overlap)
+                peaks[dials] = step.run(rewired, optimization).peak
+            except RevwireError as error:
+                raise RewireError(f"budget: the step cannot be estimated: {error}") from error
         return peaks[dials]
 
     if peak(_SETTINGS[0], levels.most) <= limit:
@@ -133,24 +147,6 @@ def _setting(peak: Callable[[Setting, int], int], enough: int, limit: int) -> tu
             if peak(setting, enough) <= limit:
                 break
     return chosen, smallest
-
-
-def _peak(
-    model: nn.Module, example_inputs: Any, budget: Budget, rewired: Callable[[nn.Module], nn.Module]
-) -> int:
-    row = estimate(
-        model,
-        example_inputs,
-        strategies={"": rewired},
-        optimizer=budget.optimizer,
-        loss_fn=budget.loss_fn,
-        autocast=budget.autocast,
-        accumulate=budget.accumulate,
-        device=budget.device,
-    ).rows[0]
-    if row.failure:
-        raise RewireError(f"budget: the step cannot be estimated: {row.failure}")
-    return row.peak
 
 
 @dataclass(frozen=True)

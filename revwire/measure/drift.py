@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from revwire.errors import RewireError
 from revwire.measure.step import mean_square
+from revwire.printing import Printed
 from revwire.pytree import tree_leaves
-from revwire.rewrite.swap import with_options
+from revwire.rewrite.wired import with_options
 from revwire.run.exact import exact_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from revwire.planning.plan import Chain, Plan
-    from revwire.rewrite.program import Options
+    from revwire.run.options import Options
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Drifts:
+class Drifts(Printed):
     """The drift of all chains; prints as a table."""
 
     chains: tuple[Drift, ...] = ()

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections import Counter
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from revwire._torch import FakeTensorMode, quiet_fake_tensors
 from revwire.errors import RevwireError
-from revwire.measure.step import LiveBytes
-from revwire.measure.strategies import treated
+from revwire.libraries.inputs import call_arguments
+from revwire.measure.live_bytes import LiveBytes
+from revwire.measure.meter import Meter, paths_known, trainable
+from revwire.measure.step import Loss, mean_square
 from revwire.pytree import tree_leaves, tree_map
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from revwire.measure.step import Loss
-    from revwire.measure.strategies import Strategy
 
 
 @dataclass(frozen=True)
@@ -66,9 +59,26 @@ class TrainingStep:
     device: torch.device
     accumulate: bool = False
 
-    def prepared(self, model: nn.Module, strategy: Strategy) -> nn.Module:
-        """A copy of the model on the meta device, made ready for one way of doing the step."""
-        return treated(*self.on_meta(model), strategy)
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        optimizer: Optimizer = "adamw",
+        loss_fn: Loss | None = None,
+        autocast: torch.dtype | None = None,
+        accumulate: bool = False,
+        device: str | torch.device | None = None,
+    ) -> TrainingStep:
+        """A step of `model`; the arguments are those of `revwire.estimate`.
+
+        Raises:
+            RevwireError: a name makes no sense, the inputs are not known, or there is no such device.
+        """
+        args, kwargs = call_arguments(model, example_inputs)
+        place = _device_of(model) if device is None else _device(device)
+        return cls(args, kwargs, _optimizer(optimizer), loss_fn or mean_square, autocast, place, accumulate)
 
     def on_meta(self, model: nn.Module) -> tuple[nn.Module, Any]:
         """A copy of the model on the meta device, and what it is called with."""
@@ -127,7 +137,7 @@ class TrainingStep:
 
     def run(self, prepared: nn.Module, optimization: Optimization) -> Figures:
         """The figures of one model made ready, and optimized like that."""
-        with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
+        with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             stand_in = partial(empty_like, device=self.device)
             model = moved(prepared, stand_in)
             of_model = meter.live
@@ -140,7 +150,7 @@ class TrainingStep:
                     parameter.grad = torch.empty_like(parameter)
             meter.watch(model)
             meter.begin(optimization.state)
-            with _paths(meter, model):
+            with paths_known(meter, model):
                 with (
                     meter.phase("forward"),
                     torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
@@ -164,123 +174,6 @@ class TrainingStep:
         )
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer would be given."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-class _Meter(LiveBytes):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
-    """Live bytes, and where they are made; from `begin` on, the peak's place too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.activations = 0
-        self.alive: Counter[str] = Counter()
-        self.where = ""
-        self.path: list[str] = []
-        self._last = ""
-        self._phase = "model"
-        self._labels: dict[int, str] = {}
-        self._parameters: list[nn.Parameter] = []
-        self._gradients = 0
-        self._base: int | None = None
-        self._state = 0
-        self._shown = 0
-
-    def watch(self, model: nn.Module) -> None:
-        """Tell gradients from temporaries: those of this model's parameters, where they are not there already."""
-        self._parameters = trainable(model)
-        arriving = [p for p in self._parameters if p.grad is None]
-
-        def arrived(parameter: Tensor) -> None:
-            self._gradients += parameter.nbytes
-
-        for parameter in arriving:
-            parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
-
-    def begin(self, optimizer_state: int) -> None:
-        """From here on the peak is looked for; what is alive now, and the optimizer's state, is no activation."""
-        self._state = optimizer_state
-        self._live += optimizer_state
-        self._base, self._gradients = self.live, 0
-        self.reset_peak()
-
-    def passing(self, nbytes: int) -> None:
-        """Count what comes and goes and was measured elsewhere."""
-        if (moment := self.live + nbytes) > self.peak:
-            self.peak, self.where, self.alive = moment, self._place(), self._told()
-            self.alive[self._phase] += nbytes
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What is made in the block is called after `name`, where no module makes it."""
-        self._phase, self._last, before = name, "", self._phase
-        yield
-        self._phase = before
-
-    def entered(self, path: str) -> None:
-        """A module begins to run."""
-        self.path.append(path)
-        self._last = path
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.peak
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if self._base is None:
-            return out
-        self.activations = max(self.activations, self._live - self._base - self._gradients)
-        if self.peak > before:
-            self.where = self._place()
-            # telling all that is alive takes time: only for peaks that are really others
-            if self.peak > 1.01 * self._shown:
-                self._shown = self.peak
-                self.alive = self._told()
-        return out
-
-    def _place(self) -> str:
-        if self.path:
-            return f"{self._phase} of {self.path[-1]}"
-        return (
-            f"{self._phase}, after {self._last} ran again"
-            if self._last and self._phase == "backward"
-            else self._phase
-        )
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        super()._count(storage)
-        if self.path:
-            self._labels[id(storage)] = re.sub(r"\b\d+\b", "*", self.path[-1])
-        else:
-            self._labels[id(storage)] = self._phase
-
-    def _told(self) -> Counter[str]:
-        gradients = {id(p.grad.untyped_storage()) for p in self._parameters if p.grad is not None}
-        told = Counter({"optimizer state": self._state} if self._state else {})
-        for key, counted in self._counted.items():
-            told["gradients" if key in gradients else self._labels[key]] += counted.nbytes
-        return told
-
-
-@contextmanager
-def _paths(meter: _Meter, model: nn.Module) -> Iterator[None]:
-    """The meter knows which module runs."""
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        if id(module) in names:
-            meter.entered(names[id(module)] or "(model)")
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        if id(module) in names:
-            meter.path.pop()
-
-    with ExitStack() as stack:
-        stack.callback(register_module_forward_pre_hook(enter).remove)
-        # a second run that stops early leaves its modules by an exception
-        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
-        yield
-
-
 def moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of a model with other tensors for its parameters and buffers; theirs are not copied."""
     memo: dict[int, Any] = {}
@@ -298,3 +191,41 @@ def empty_like(leaf: Any, device: torch.device) -> Any:
         return leaf
     made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device)
     return made.requires_grad_(leaf.requires_grad)
+
+
+Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
+
+
+_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _device(named: str | torch.device) -> torch.device:
+    """Fake tensors of a device compute nothing, but torch asks the device itself about its streams."""
+    try:
+        place = torch.device(named)
+        there = torch.get_device_module(place).is_available()
+    except RuntimeError as error:
+        raise RevwireError(f"{named!r} is no device that torch knows ({error}); estimate for cpu") from None
+    if not there:
+        raise RevwireError(f"there is no {place.type} device here; estimate for cpu")
+    return place
+
+
+def _optimizer(named: Optimizer) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None:
+    if not isinstance(named, str):
+        return named
+    if named.lower() not in _OPTIMIZERS:
+        raise RevwireError(
+            f"{named!r} is not one of {', '.join(_OPTIMIZERS)}; pass a function from parameters to one"
+        )
+    return _OPTIMIZERS[named.lower()]

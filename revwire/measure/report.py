@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from revwire.measure.drift import Drifts
+from revwire.printing import Printed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -34,7 +35,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """The checks of one model, and how far its chains drift; prints as tables."""
 
     model: str

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from revwire.find.branch_code import step_code
 from revwire.measure.fake_step import empty_like, moved
 from revwire.pytree import tree_map
-from revwire.rewrite.forward import step_code
 
 if TYPE_CHECKING:
     from revwire.find.residual import Residual
@@ -44,9 +44,7 @@ def spared(residual: Residual) -> int:
 
     try:
         with torch.enable_grad(), counter, saved_tensors_hooks(note, same):
-            out, *_ = code.branch(module, x.detach().requires_grad_(), *sides)
-            if code.post is not None:
-                code.post(module, out if code.whole else x + out, *sides)
+            code.block(module, x.detach().requires_grad_(), *sides)
     except (RuntimeError, NotImplementedError):
         return 0
     return counter.get_total_flops() - at_last

@@ -6,23 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from revwire._torch import AnyBatchNorm
 from revwire.pytree import tree_map
-
-
-def make_branches_count(model: nn.Module) -> None:
-    """Noise for parameters next to zero (BatchNorm gamma, layer scale): a branch of zero agrees with anything."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(0.2 * noise)
 
 
 def move_statistics(model: nn.Module, args: Any, kwargs: Any) -> None:
     """BatchNorm statistics as training leaves them: those of a new net normalise nothing in eval mode."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    norms = [m for m in model.modules() if isinstance(m, AnyBatchNorm) and m.num_batches_tracked is not None]
     fresh = [(m, m.momentum) for m in norms if not m.num_batches_tracked]
     if not fresh:
         return

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from revwire import api
 from revwire.errors import RevwireError
+from revwire.libraries.checkpointing import switch_on
+from revwire.measure.rewired import rewired
+from revwire.rewrite.recording import Recording
 
 Strategy = str | Mapping[str, Any] | Callable[[nn.Module], nn.Module]
 """`"plain"`, `"checkpoint"`, one of `STRATEGIES`, the keyword arguments of `revwire.rewire`, or a function."""
@@ -45,26 +47,20 @@ def treated(model: nn.Module, inputs: Any, strategy: Strategy) -> nn.Module:
         if strategy == "checkpoint":
             return checkpointed(model, inputs)
         strategy = STRATEGIES[strategy] or {}
-    return strategy(model) if callable(strategy) else api.rewire(model, inputs, **strategy)
+    return strategy(model) if callable(strategy) else rewired(model, inputs, **strategy)[0]
 
 
 def checkpointed(model: nn.Module, inputs: Any) -> nn.Module:
     """Checkpoint the activations of every block, with torch's non-reentrant checkpoint.
 
-    timm's models have a switch for it; of other models, every module that rewiring would work on is a block.
+    Libraries have a switch for it; of other models, every module that rewiring would work on is a block.
 
     Raises:
-        RevwireError: timm was told to use the reentrant variant, or the model has no residual blocks.
+        RevwireError: the library was told to use the reentrant variant, or the model has no residual blocks.
     """
-    if hasattr(model, "set_grad_checkpointing"):
-        from timm.layers import use_reentrant_ckpt
-
-        if use_reentrant_ckpt():
-            raise RevwireError("timm is set to reentrant checkpoints (TIMM_REENTRANT_CKPT): unset it")
-        switch: Any = model.set_grad_checkpointing
-        switch()
+    if switch_on(model):
         return model
-    names = {step.module for step in api.plan(model, inputs).steps}
+    names = {step.module for step in Recording.of(model, inputs).fresh.steps}
     if not names - {""}:
         raise RevwireError(f"{type(model).__name__} has no residual blocks to checkpoint")
     for name in names - {""}:

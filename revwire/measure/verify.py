@@ -8,59 +8,30 @@ scales of 1e-6) would make every comparison agree for the wrong reason, so the c
 from __future__ import annotations
 
 import copy
-import statistics
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revwire.errors import RewireError
-from revwire.find.probe import Probe, probe
+from revwire.find.probe import probe
+from revwire.libraries.inputs import call_arguments
+from revwire.measure.checks import Runs, random_state_kept
 from revwire.measure.drift import drifts
-from revwire.measure.report import Check, Report
-from revwire.measure.specimen import cast, make_branches_count, move_statistics, move_weights, noisy_like
-from revwire.measure.step import LiveBytes, mean_square
-from revwire.pytree import tree_leaves
-from revwire.rewrite.program import Options
-from revwire.rewrite.swap import (
-    FLOAT32_ROUNDING,
-    MOST_NOISE,
-    apply_plan,
-    call_arguments,
-    choose_plan,
-    nothing_to_rewire,
-    options_of,
-    plan_of,
-    unwire,
-    with_options,
-)
-from revwire.run.coupling import Coupling, Original, coupling_of
-from revwire.run.exact import Exact, Grid, dropped_bits, exact_of
-from revwire.run.streams import Streams
+from revwire.measure.report import Report
+from revwire.measure.specimen import cast, noisy_like
+from revwire.planning.choose import choose_plan, nothing_to_rewire
+from revwire.planning.trial import make_branches_count
+from revwire.rewrite.wired import options_of, plan_of, unwire
+from revwire.run.coupling import Coupling, coupling_of
+from revwire.run.exact import Exact, Grid, exact_of
+from revwire.run.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from revwire.measure.drift import Drifts
     from revwire.planning.dials import Globs
     from revwire.planning.plan import Plan
-    from revwire.run.tape import Link
-
-GRADIENT_BOUND = 1e-5
-GRADIENT_BOUND_FLOAT64 = 1e-10
-# reconstructing a stream rounds it a second time for each of the two times that forward did; where a model amplifies
-# rounding, plain float32 autograd is this far from float64 for each of its own
-GRADIENT_ROUNDINGS = 4
-# where an activation's input is within rounding of its kink, plain float32 autograd and the second run may come out on
-# different sides, and neither is wrong. Weights a little beside decide: what is wrong is wrong there, too
-DRAWS = 3
-DECOMPOSITION_BOUND_FLOAT64 = 1e-12
-HELD_BOUND = 0.05
-# a parameter whose true gradient is zero (the bias of a key projection) has nothing but rounding errors to compare:
-# differences are relative to at least this share of the largest gradient norm of the model
-GRADIENT_FLOOR = 1e-3
 
 
 def verify(
@@ -97,9 +68,9 @@ def verify(
     chosen = wanted or choose_plan(found, kind, streams, include, exclude)
     if not chosen.chains:
         raise RewireError(nothing_to_rewire(chosen))
-    with _random_state_kept():
+    with random_state_kept():
         make_branches_count(pristine)
-        run = _Runs(pristine, found, chosen, Options(kind, exact=streams), args, kwargs)
+        run = Runs(pristine, found, chosen, Options(kind, exact=streams), args, kwargs)
         checks = [run.state_dict()]
         for training in (False, True):
             mode = "train" if training else "eval"
@@ -117,223 +88,6 @@ def verify(
     return Report(type(model).__name__, tuple(checks), drift)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What one training step left behind."""
-
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    random: Tensor
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """A step that ran: its link, the bytes of its trunk, and weak references to the storages made meanwhile."""
-
-    link: Link
-    trunk: int
-    storages: list[Callable[[], torch.UntypedStorage | None]]
-
-
-class _Runs:
-    """Copies of one model, wired in different ways, and what comparing them shows."""
-
-    def __init__(
-        self, pristine: nn.Module, found: Probe, plan: Plan, options: Options, args: Any, kwargs: Any
-    ) -> None:
-        self.pristine, self.plan, self.options = pristine, plan, options
-        self.args, self.kwargs = args, kwargs
-        self.original = copy.deepcopy(pristine)
-        self.parallel = any(r.parallel for r in found.residuals)
-        self.sharing = {f"{r.frame.path or '(model)'}#{r.index}" for r in found.residuals if r.shared}
-        self._before = _storages(pristine)
-        # from here on the pristine model is the rewired one that every run copies
-        apply_plan(pristine, plan, found, options)
-        # of the rewired network, which is another function
-        move_statistics(pristine, args, kwargs)
-        self.original.load_state_dict(pristine.state_dict())
-
-    def wired(self, **changed: Any) -> nn.Module:
-        """A rewired copy of the model, with other options where there are `changed` ones."""
-        return with_options(self.pristine, replace(self.options, **changed))
-
-    def state_dict(self) -> Check:
-        """Invariant 1: the same keys and the very same tensors."""
-        before, after = self._before, _storages(self.pristine)
-        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-        return Check("state_dict, changed", len(changed), 0, ", ".join(changed[:3]))
-
-    def decomposition(self, *, training: bool) -> Check:
-        """Invariant 2: the rewritten code with the plain recurrence is the original network."""
-        dtype = torch.float64 if self.parallel else None
-        models = copy.deepcopy(self.original), self.wired(coupling=Original(), exact=False)
-        args, kwargs = cast((self.args, self.kwargs), dtype)
-        outputs = []
-        for model in models:
-            model.to(dtype).train(training)
-            torch.manual_seed(1)
-            with torch.no_grad():
-                outputs.append(_floats(model(*args, **kwargs)))
-        figure = max((_difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
-        how = (
-            "relative, in float64 (parallel branches)"
-            if self.parallel
-            else "largest difference to the original"
-        )
-        name = f"decomposition, {'train' if training else 'eval'}"
-        return Check(name, figure, DECOMPOSITION_BOUND_FLOAT64 if self.parallel else 0, how)
-
-    def gradients(self, *, training: bool) -> Iterator[Check]:
-        """Invariant 3: gradients, buffers and random state as with plain autograd through the same recurrence."""
-        mode = "train" if training else "eval"
-        exact = self._step(torch.float64, replay=False, training=training)
-        found = self._step(torch.float64, replay=True, training=training)
-        worst, where = _worst_gradient(exact.gradients, found.gradients)
-        noise, _ = self._noise(2.0**-53, training=training)
-        bound = max(GRADIENT_BOUND_FLOAT64, min(noise, GRADIENT_BOUND))
-        yield Check(f"gradients, {mode}, float64", worst, 0 if self._exact(exact) else bound, where)
-        if not training and any(step.slices > 1 for step in self.plan.steps):
-            yield self.slices()
-        plain = self._step(None, replay=False, training=training)
-        found = self._step(None, replay=True, training=training)
-        check = self._float32(exact, plain, found, training=training)
-        for draw in range(1, DRAWS):
-            if check.ok or self._exact(plain):
-                break
-            beside = (
-                self._step(torch.float64, replay=False, training=training, draw=draw),
-                self._step(None, replay=False, training=training, draw=draw),
-                self._step(None, replay=True, training=training, draw=draw),
-            )
-            check = self._float32(*beside, training=training)
-        yield check
-        if training:
-            moved = [
-                name for name, buffer in plain.buffers.items() if not torch.equal(buffer, found.buffers[name])
-            ]
-            differing = moved + ([] if torch.equal(plain.random, found.random) else ["(random state)"])
-            name = "buffers, random state"
-            yield Check(name, len(differing), 0, ", ".join(differing[:3]))
-
-    def _float32(self, exact: _Step, plain: _Step, found: _Step, *, training: bool) -> Check:
-        # no float32 run can be asked to agree more closely with plain float32 than that agrees with the truth
-        rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
-        worst, where = _worst_gradient(plain.gradients, found.gradients)
-        noise, note = self._noise(FLOAT32_ROUNDING, training=training)
-        where += f"; plain autograd itself is {rounding:.1e} off{note}"
-        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(noise, MOST_NOISE))
-        return Check(
-            f"gradients, {'train' if training else 'eval'}, float32",
-            worst,
-            0 if self._exact(plain) else bound,
-            where,
-        )
-
-    def slices(self) -> Check:
-        """Branches run slice by slice give the gradients of the whole batch; in eval mode, as slices draw their own."""
-        # a grid would make a unit of it where a sum is rounded the other way
-        both = (
-            self._step(torch.float64, replay=False, training=False, sliced=s, exact=False)
-            for s in (True, False)
-        )
-        worst, where = _worst_gradient(*(step.gradients for step in both))
-        return Check("slices, eval, float64", worst, GRADIENT_BOUND_FLOAT64, where)
-
-    def _exact(self, step: _Step) -> bool:
-        """Whether gradients have to be equal to the bit; GPU kernels add up in an order of their own."""
-        return self.options.exact is not False and all(
-            g.device.type == "cpu" for g in step.gradients.values()
-        )
-
-    def _noise(self, rounding: float, *, training: bool) -> tuple[float, str]:
-        """What the inverse makes of rounding errors over the longest chain, and that in words."""
-        coupling = self.options.coupling.in_mode(training=training)
-        if self.options.exact is not False or not coupling.a or coupling.noise == 1:
-            return 0.0, ""
-        steps = max(len(chain.steps) for chain in self.plan.chains)
-        note = f"; the inverse amplifies rounding {coupling.noise:.3g} times a step, {steps} steps"
-        return coupling.error_after(steps, 4 * rounding), note
-
-    def reconstruction(self, drift: Drifts) -> Iterator[Check]:
-        """Exact chains come back to the bit."""
-        if self.options.exact is not False:
-            found = [(d.exact, d.chain) for d in drift.chains if d.exact is not None]
-            worst, where = max(found, default=(0.0, "nothing is run again"))
-            yield Check("chain inputs, exact", worst, 0, where)
-
-    def _step(self, dtype: torch.dtype | None, *, training: bool, draw: int = 0, **changed: Any) -> _Step:
-        model = self.wired(**changed)
-        if draw:
-            move_weights(model, draw)
-        model.to(dtype).train(training)
-        args, kwargs = cast((self.args, self.kwargs), dtype)
-        torch.manual_seed(2)
-        mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return _Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs))
-
-    def memory(self) -> Check:
-        """Invariant 4: of what a step makes, nothing is held when the forward is over."""
-        model = self.wired()
-        model.train()
-        model(*self.args, **self.kwargs)  # caches that stay are filled before anything is counted
-        with LiveBytes() as meter, _steps_watched(meter) as made:
-            output = model(*self.args, **self.kwargs)
-        # what the model hands out is not the step's, nor what other steps read of it (T5's position bias); and each
-        # chain holds its last pair, once
-        own = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        own += [kept[0] for step in made for kept in step.link.end or () if kept is not None]
-        own += [step.link.anchor[0] for step in made if step.link.anchor is not None]
-        runs = [run for step in made for run in step.link.runs]
-        own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
-        excused = {id(t.untyped_storage()) for t in own}
-        shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
-        for step in made:
-            link = step.link
-            keeps = "keep" in {link.branch.mode, link.next.branch.mode if link.next else ""}
-            if link.branch.name in self.sharing or keeps:
-                continue  # what they hand out belongs to whoever uses it; others hold what they were asked to
-            alive = [s for ref in step.storages if (s := ref()) is not None and id(s) not in excused]
-            module = step.link.branch.name.partition("#")[0]
-            shares.setdefault(module, []).append(sum(s.nbytes() for s in alive) / step.trunk)
-        worst = max(shares, key=lambda name: statistics.mean(shares[name]))
-        packed = dropped_bits(self.options.coupling) / 32 if self.options.exact is not False else 0.0
-        return Check("trunks held a step", statistics.mean(shares[worst]), HELD_BOUND + packed, worst)
-
-    def way_back(self) -> Check:
-        """Invariant 5: unwiring gives the same classes and bit-identical outputs."""
-        original, back = self.original, unwire(self.wired())
-        classes = [type(a) is not type(b) for a, b in zip(original.modules(), back.modules(), strict=True)]
-        outputs = []
-        for model in (original, back):
-            model.eval()
-            with torch.no_grad():
-                outputs.append(_floats(model(*self.args, **self.kwargs)))
-        differing = sum(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
-        return Check("unwired, differing", sum(classes) + differing, 0)
-
-
-@contextmanager
-def _steps_watched(meter: LiveBytes) -> Iterator[list[_Ran]]:
-    """The steps that run in the block, each with the storages that were made while it ran."""
-    made: list[_Ran] = []
-    advance = Streams.advance
-
-    def watched(streams: Streams, *args: Any, **kwargs: Any) -> Streams:
-        before = {id(ref) for ref in meter.counted()}
-        following = advance(streams, *args, **kwargs)
-        assert following.link is not None
-        new = [ref for ref in meter.counted() if id(ref) not in before]
-        made.append(_Ran(following.link, following.current.nbytes, new))
-        return following
-
-    Streams.advance = watched  # type: ignore[method-assign, assignment]
-    try:
-        yield made
-    finally:
-        Streams.advance = advance  # type: ignore[method-assign]
-
-
 def _pristine(
     model: nn.Module, coupling: str | Coupling, exact: bool | int | Grid
 ) -> tuple[nn.Module, Plan | None, Coupling, Exact]:
@@ -347,48 +101,3 @@ def _pristine(
         kind = coupling_of(coupling)
         return duplicate, None, kind, exact_of(exact, kind)
     return unwire(duplicate), wanted, options.coupling, options.exact
-
-
-def _storages(model: nn.Module) -> dict[str, int]:
-    return {key: tensor.untyped_storage().data_ptr() for key, tensor in model.state_dict().items()}
-
-
-def _floats(output: Any) -> list[Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _difference(wanted: Tensor, found: Tensor) -> float:
-    if wanted.shape != found.shape:
-        return float("inf")
-    difference = float((wanted - found).abs().max()) if wanted.numel() else 0.0
-    return (
-        difference / max(float(wanted.abs().max()), 1e-300) if wanted.dtype == torch.float64 else difference
-    )
-
-
-def _worst_gradient(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, str]:
-    if only := sorted(wanted.keys() ^ found.keys()):
-        return float("inf"), f"only one of both has a gradient: {', '.join(only[:3])}"
-    floor = GRADIENT_FLOOR * max(float(gradient.norm()) for gradient in wanted.values())
-    errors = {
-        name: float((found[name].double() - gradient.double()).norm())
-        / max(float(gradient.norm()), floor, 1e-300)
-        for name, gradient in wanted.items()
-    }
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return errors[worst], worst
-
-
-def _random_state(*inputs: Any) -> Tensor:
-    """The states of the CPU's generator and of those of the devices that the inputs are on."""
-    leaves = tree_leaves(inputs)
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"}
-    states = [torch.get_device_module(d).get_rng_state(d) for d in sorted(devices, key=str)]
-    return torch.cat([torch.get_rng_state(), *states])
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield

@@ -11,14 +11,15 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from revwire.errors import RewireError
+from revwire.find.alike import kind_of
 from revwire.planning.plan import Skipped
-from revwire.planning.slicing import cut_of, inside_refusal, kind_of, refusal_of
+from revwire.planning.slicing import attention_refusal, refusal_of, slices_for
 from revwire.planning.transitions import find_transitions, transitions_refused
-from revwire.run.branch import Cut
 
 if TYPE_CHECKING:
     from revwire.find.probe import Probe
-    from revwire.planning.plan import Mode, Plan, Step
+    from revwire.planning.plan import Plan, Step
+    from revwire.run.options import Mode
 
 Globs = str | Sequence[str] | None
 Transitions = Literal["keep", "checkpoint"]
@@ -31,7 +32,7 @@ class Dials:
 
     Attributes:
         chunks: Into how many slices of the batch each branch runs; or globs of steps and how many theirs do. Where the
-            batch has fewer samples, the softmax attention that a branch writes out runs in parts instead.
+            batch has fewer samples, the softmax attention that a branch writes out runs in slices instead.
         keep: Globs of steps that keep the graph of their branch; or how many steps of each chain do, from its
             beginning, where that costs nothing beside the graph.
         anchor: Globs of steps that keep the input of the step before them.
@@ -88,9 +89,11 @@ def check_dials(plan: Plan, found: Probe) -> None:
         residual = found.residual(step)
         if step.slices == 1 or residual is None:
             continue
-        cut = Cut(step.slice_dim, step.slices, step.sliced_sides) if step.slice_dim >= 0 else None
-        kind = (*kind_of(residual), cut, step.inside)
-        if kind not in proven and (why_not := refusal_of(residual, cut, inside=step.inside)) is not None:
+        kind = (*kind_of(residual), step.slicing, step.inside)
+        if (
+            kind not in proven
+            and (why_not := refusal_of(residual, step.slicing, inside=step.inside)) is not None
+        ):
             raise RewireError(f"the plan runs {step.name} in slices, and here {why_not}; plan again")
         proven.add(kind)
     if (why_not := transitions_refused(plan, found)) is not None:
@@ -123,15 +126,15 @@ def _sliced(plan: Plan, chunks: Mapping[str, int], found: Probe) -> Plan:
         if slices == 1 or residual is None:
             return step
         kind = kind_of(residual)
-        if kind not in found.cuts:
-            found.cuts[kind] = cut_of(residual)
-        proven = found.cuts[kind]
+        if kind not in found.sliceable:
+            found.sliceable[kind] = slices_for(residual)
+        proven = found.sliceable[kind]
         dim, sides = (-1, ()) if isinstance(proven, str) else proven
         inside = False
         if dim < 0 or step.trunk[dim] < slices:
-            if kind not in found.whole_inside:
-                found.whole_inside[kind] = inside_refusal(residual)
-            inside = found.whole_inside[kind] is None
+            if kind not in found.attention_refusals:
+                found.attention_refusals[kind] = attention_refusal(residual)
+            inside = found.attention_refusals[kind] is None
         if isinstance(proven, str) and not inside:
             unsliced.append(Skipped(step.name, proven))
             return step

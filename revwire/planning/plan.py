@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from revwire.errors import RewireError
+from revwire.printing import Printed
+from revwire.run.options import Mode
+from revwire.run.slices import Slices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,9 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _Data = TypeVar("_Data", "Step", "Skipped", "Joined")
-
-Mode = Literal["reverse", "anchor", "keep"]
-"""What a step holds for backward: nothing, the input of the step before it, or the graph of its branch."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Step:
         slices: Into how many slices the trunk is cut to run the branch, along dimension `slice_dim`.
         slice_dim: That dimension; -1: the trunk is not cut.
         sliced_sides: Which side inputs are cut along their first dimension too.
-        inside: Whether the branch's softmax attention runs in parts, as many as the trunk is short of slices.
+        inside: Whether the branch's softmax attention runs in slices, as many as the trunk is short of slices.
     """
 
     module: str
@@ -66,6 +66,15 @@ class Step:
     def name(self) -> str:
         """The step as one word: `blocks.3#0`."""
         return f"{self.module or '(model)'}#{self.residual}"
+
+    @property
+    def slicing(self) -> Slices | None:
+        """How its trunk is cut, None: not at all."""
+        return (
+            Slices(self.slice_dim, self.slices, self.sliced_sides)
+            if self.slices > 1 and self.slice_dim >= 0
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """What `rewire` does to one model. Print it, compare it, or keep it as JSON (`to_json`, `from_json`).
 
     Attributes:
@@ -199,14 +208,6 @@ class Plan:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise RewireError(f"not a plan: {error}") from error
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=110, no_color=True, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape

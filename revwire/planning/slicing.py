@@ -6,44 +6,23 @@ treats position by position, as an MLP does its tokens.
 
 from __future__ import annotations
 
-import copy
-import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-
-from revwire.errors import ReplayError
-from revwire.measure.specimen import make_branches_count
-from revwire.pytree import plain_attributes
-from revwire.rewrite.forward import step_code
-from revwire.run.attention import AttentionInParts
+from revwire._torch import AnyBatchNorm
+from revwire.planning.trial import DIFFERS, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+
+    from torch import nn
 
     from revwire.find.residual import Residual
-    from revwire.run.branch import Cut
+    from revwire.run.slices import Slices
 
-_DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
 _SHARES = "its branch hands out inner values that other code reads"
-_NO_ATTENTION = "it writes out no softmax attention that could run in parts"
-_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)
-"""What a branch raises that insists on the size it was written for."""
-_DROP_PATHS = {"DropPath", "StochasticDepth"}
-_LARGE = 2**21
-_POSITIONS = 16
-_PARTS = 3
-_SAMPLES = 3
-"""As many are tried at most: one alone, and the rest."""
-_TOLERANCE = 3e-5
-"""Relative to the largest value, in float32: kernels of another size add up in another order."""
 
 
-def cut_of(residual: Residual) -> tuple[int, tuple[bool, ...]] | str:
+def slices_for(residual: Residual) -> tuple[int, tuple[bool, ...]] | str:
     """Along which dimension a residual's branch may be cut, with which side inputs; or in words why it may not.
 
     Runs copies of what the branch calls on noise of the shapes that the planning run saw, but for three samples,
@@ -51,36 +30,36 @@ def cut_of(residual: Residual) -> tuple[int, tuple[bool, ...]] | str:
     """
     if (why_not := _refused(residual)) is not None:
         return why_not
-    trial = _Trial(residual)
+    trial = Trial(residual)
     for dim in _dimensions(trial.shape):
         for sides in trial.ways(dim):
             if trial.agrees(dim, sides):
                 return dim, sides
-    return _DIFFERS
+    return DIFFERS
 
 
-def refusal_of(residual: Residual, cut: Cut | None, *, inside: bool) -> str | None:
+def refusal_of(residual: Residual, cut: Slices | None, *, inside: bool) -> str | None:
     """Why a residual's branch cannot be cut in one given way, None if it can: for plans that were made elsewhere."""
-    if inside and (why_not := inside_refusal(residual)) is not None:
+    if inside and (why_not := attention_refusal(residual)) is not None:
         return why_not
     if cut is None:
-        return None if inside else _DIFFERS
+        return None if inside else DIFFERS
     if (why_not := _refused(residual)) is not None:
         return why_not
-    trial = _Trial(residual)
+    trial = Trial(residual)
     if not 0 <= cut.dim < len(trial.shape) or len(cut.sides) != len(residual.sides):
         return "the plan cuts it along a dimension, or with side inputs, that it has not"
-    return None if trial.agrees(cut.dim, cut.sides) else _DIFFERS
+    return None if trial.agrees(cut.dim, cut.sides) else DIFFERS
 
 
-def inside_refusal(residual: Residual) -> str | None:
-    """Why the attention in a residual's branch cannot run in parts, None if it can.
+def attention_refusal(residual: Residual) -> str | None:
+    """Why the attention in a residual's branch cannot run in slices, None if it can.
 
     Runs the branch on noise, forward and backward, with and without: what comes out, and all gradients, must agree.
     """
     if residual.shared:
         return _SHARES
-    return _Trial(residual).refuses_inside()
+    return Trial(residual).refuses_attention()
 
 
 def _refused(residual: Residual) -> str | None:
@@ -89,192 +68,19 @@ def _refused(residual: Residual) -> str | None:
     for path in residual.modules:
         child = residual.frame.module.get_submodule(path)
         for name, module in child.named_modules(prefix=path):
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, AnyBatchNorm):
                 return f"{name} ({type(module).__name__}) mixes samples in training"
             if getattr(module, "mode", None) == "batch":
                 return f"{name} ({type(module).__name__}) draws one number for the whole batch"
     return None
 
 
-def kind_of(residual: Residual) -> tuple[Any, ...]:
-    """What two residuals have in common whose branches may be cut alike: code, modules, settings and shapes."""
-    module = residual.frame.module
-    called = (m for path in residual.modules for m in module.get_submodule(path).modules())
-    shapes = tuple(repr(n.meta["value"]) for n in (residual.skip, *residual.sides))
-    return residual.index, residual.post_name, _settings(module), tuple(map(_settings, called)), shapes
-
-
 def mixes_now(modules: Sequence[nn.Module]) -> bool:
     """Whether a branch that could be cut would mix samples in the mode it runs in."""
-    return any(isinstance(m, _BatchNorm) and m.training for child in modules for m in child.modules())
-
-
-def _settings(module: nn.Module) -> tuple[Any, ...]:
-    held = plain_attributes(module)
-    if isinstance(module, _DropoutNd) or type(module).__name__ in _DROP_PATHS:
-        # branches are tried in eval mode; and blocks that are alike have other rates
-        held = tuple((name, value) for name, value in held if name not in {"p", "drop_prob"})
-    return type(module), held
+    return any(isinstance(m, AnyBatchNorm) and m.training for child in modules for m in child.modules())
 
 
 def _dimensions(shape: Sequence[int]) -> list[int]:
     """The dimensions to try, best first: samples, if there are several; then the longest."""
     rest = sorted(range(1, len(shape)), key=lambda dim: -shape[dim])
     return [0, *rest] if shape[0] > 1 else [*rest, 0]
-
-
-class _Trial:
-    """A branch on noise."""
-
-    def __init__(self, residual: Residual) -> None:
-        self._code = step_code(residual)
-        self._module = _with_weights(copy.deepcopy(residual.frame.module)).float().eval()
-        # a layer scale of zero would agree with anything
-        make_branches_count(self._module)
-        self._device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
-        self._sides = [n.meta["value"] for n in residual.sides]
-        self.shape = tuple(residual.skip.meta["value"].shape)
-
-    def ways(self, dim: int) -> list[tuple[bool, ...]]:
-        """Which side inputs may be cut with the trunk: none of them, or all that have as many samples."""
-        length = self.shape[dim]
-        whole = tuple(False for _ in self._sides)
-        along = tuple(
-            isinstance(s, Tensor) and s.ndim > 0 and len(s) == length > 1 and dim == 0 for s in self._sides
-        )
-        return list(dict.fromkeys((whole, along)))
-
-    def agrees(self, dim: int, cut: tuple[bool, ...]) -> bool:
-        """Whether slices along a dimension, of these side inputs too, come out as they do in the whole."""
-        if dim and self.shape[dim] == 1:
-            return False
-        samples = min(self.shape[0], _SAMPLES)
-        if dim == 0:
-            samples = max(samples, 2)  # one sample says nothing of how several are treated
-        # windows of a long video take minutes at their own size: a few positions refute them in seconds
-        for small in self._small(samples):
-            found = self._agrees_at(small, dim, cut)
-            if found is False:
-                return False
-            if found and dim == 0:
-                return True  # whether samples mix is no matter of how many positions they have
-            if found:
-                break
-        return bool(self._agrees_at((samples, *self.shape[1:]), dim, cut))
-
-    def _small(self, samples: int) -> Iterator[tuple[int, ...]]:
-        """Shapes with fewer positions; one of the dimensions holds channels, whose number is fixed."""
-        if math.prod(self.shape[1:]) < _LARGE:
-            return
-        for channels in (len(self.shape) - 1, 1):
-            rest = (n if i == channels else min(n, _POSITIONS) for i, n in enumerate(self.shape))
-            yield (samples, *list(rest)[1:])
-
-    def _agrees_at(self, shape: tuple[int, ...], dim: int, cut: tuple[bool, ...]) -> bool | None:
-        """The same for one shape of the trunk; None where the branch does not run on that."""
-        x, sides = self._inputs(shape)
-        sides = [s[: len(x)] if c else s for s, c in zip(sides, cut, strict=True)]
-        try:
-            with torch.no_grad():
-                wanted = self._run(x, sides)
-                if wanted.shape != x.shape:
-                    return False
-        except _REFUSALS:
-            return None
-        try:
-            with torch.no_grad():
-                # uneven on purpose: windows that happen to fit into halves would pass for independent
-                return all(
-                    self._alike(wanted.narrow(dim, *part), x.narrow(dim, *part), sides, cut, part)
-                    for part in ((0, 1), (1, x.shape[dim] - 1))
-                )
-        except _REFUSALS:
-            return False
-
-    def _alike(
-        self, wanted: Tensor, x: Tensor, sides: list[Any], cut: tuple[bool, ...], part: tuple[int, int]
-    ) -> bool:
-        own = [s.narrow(0, *part) if c else s for s, c in zip(sides, cut, strict=True)]
-        found = self._run(x, own)
-        if found.shape != wanted.shape:
-            return False
-        return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
-
-    def refuses_inside(self) -> str | None:
-        """Why attention cannot run in parts, None if that comes out as in the whole."""
-        # one sample with one head would have no parts
-        for shape in (*self._small(2), (2, *self.shape[1:]), self.shape):
-            if (found := self._in_parts_at(shape)) is not None:
-                return found or None
-        return _DIFFERS
-
-    def _in_parts_at(self, shape: tuple[int, ...]) -> str | None:
-        """The reason, for one shape of the trunk: "" if there is none, None where the branch does not run on that."""
-        x, sides = self._inputs(shape)
-        mode = AttentionInParts(_PARTS, "its attention", always=True)
-        try:
-            wanted = self._gradients(x, sides, nullcontext())
-        except _REFUSALS:
-            return None
-        try:
-            found = self._gradients(x, sides, mode)
-        except (ReplayError, *_REFUSALS) as error:
-            return f"its attention cannot run in parts: {error}"
-        if not mode.run or mode.reused:
-            return "its attention weights are used twice" if mode.run else _NO_ATTENTION
-        out, *others = ((a - b).abs().max() for a, b in zip(wanted, found, strict=True))
-        largest = max(g.abs().max() for g in wanted[1:])
-        agree = out <= _TOLERANCE * wanted[0].abs().max() and all(d <= _TOLERANCE * largest for d in others)
-        return "" if agree else "its attention comes out differently in parts"
-
-    def _gradients(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any]) -> list[Tensor]:
-        """The output of a run within a context, and the gradients of trunk, side inputs and parameters."""
-        inputs = [
-            t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
-            for t in (x, *sides)
-        ]
-        with torch.enable_grad():
-            with within:
-                out = self._run(inputs[0], inputs[1:])
-            leaves = [
-                t for t in (*inputs, *self._module.parameters()) if isinstance(t, Tensor) and t.requires_grad
-            ]
-            cotangent = torch.sin(torch.arange(out.numel(), device=out.device)).view(out.shape)
-            found = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
-        return [out.detach(), *(g for g in found if g is not None)]
-
-    def _inputs(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator).to(self._device)
-        return x, [_noise(side, generator, self._device) for side in self._sides]
-
-    def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
-        out, *_ = self._code.branch(self._module, x, *sides)
-        if self._code.post is not None:
-            out = self._code.post(self._module, out if self._code.whole else x + out, *sides)
-        assert isinstance(out, Tensor)
-        return out
-
-
-def _with_weights(module: nn.Module) -> nn.Module:
-    """A module on the meta device with noise for weights on the CPU; any other as it is."""
-    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-        return module
-    module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        for buffer in module.buffers():
-            buffer.zero_()
-    return module
-
-
-def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator).to(device)
-    if value.dtype == torch.bool:
-        return torch.ones(value.shape, dtype=torch.bool, device=device)
-    return torch.zeros(value.shape, dtype=value.dtype, device=device)

@@ -9,34 +9,25 @@ backward needs anyway, and not the merged tensor beside it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor
 
-from revwire._torch import not_compiled
-from revwire.errors import ReplayError
+from revwire._torch import AnyDropout
 from revwire.find.consecutive import changed_by, keeps_input, lines
 from revwire.find.probe import sources
 from revwire.planning.plan import Joined
-from revwire.pytree import tree_flatten, tree_unflatten
-from revwire.run.branch import Branch
-from revwire.run.streams import Streams, is_streams, settle
-from revwire.run.tape import Link, Tape
-from revwire.trace.frame import Frame, original_forward, storage
+from revwire.trace.frame import Frame, storage
 from revwire.trace.graph import seen_through
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import fx
 
     from revwire.find.consecutive import Calls
     from revwire.find.probe import Probe
     from revwire.planning.plan import Plan
-    from revwire.rewrite.program import Options
-    from revwire.run.tape import Around, Pass
 
 
 def find_transitions(plan: Plan, found: Probe) -> Plan:
@@ -184,7 +175,7 @@ def _trimmed(frame: Frame, nodes: Calls) -> Iterator[Calls]:
 
     def holds_little(node: fx.Node) -> bool:
         # a dropout holds its mask, and would hold its input
-        return is_identity(node) or isinstance(frame.module.get_submodule(str(node.target)), _DropoutNd)
+        return is_identity(node) or isinstance(frame.module.get_submodule(str(node.target)), AnyDropout)
 
     while nodes and (holds_little(nodes[0]) or not keeps_input(frame, nodes)):
         nodes = nodes[1:]
@@ -211,80 +202,3 @@ def _changes_inputs(frame: Frame) -> bool:
     assert frame.graph is not None
     given = {storage(n.meta["value"]) for n in _inputs(frame)}
     return any(given & changed_by(frame, node) for node in frame.graph.nodes)
-
-
-class Recomputed:
-    """What a transition runs in place of its forward: the same, keeping its input alone.
-
-    Args:
-        path: The module's path, for messages.
-        options: Those of the rewired model.
-    """
-
-    def __init__(self, path: str, options: Options) -> None:
-        self.path, self.options = path, options
-
-    @not_compiled
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module's forward."""
-        return run_again(self.path, [module], original_forward(module), self.options, args, kwargs)
-
-
-def run_again(
-    name: str,
-    modules: Sequence[nn.Module],
-    forward: Callable[..., Any],
-    options: Options,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """What `forward(*args, **kwargs)` returns; it keeps its first tensor, or the pair of a chain's end, and runs again.
-
-    Args:
-        name: What messages call it.
-        modules: The modules whose code and weights it runs.
-        forward: What runs.
-        options: Those of the rewired model.
-        args: What it is called with, tensors or `Streams`.
-        kwargs: The same, by name.
-    """
-    leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
-    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | Streams)), None)
-    dropping = options.replay and torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    if not dropping or first is None:
-        return forward(*settle(args), **settle(kwargs))
-    trunk = leaves[first]
-    others = tuple(settle(leaf) for i, leaf in enumerate(leaves) if i != first)
-
-    def run(x: Tensor, *rest: Any) -> Any:
-        again, named = tree_unflatten([*rest[:first], x, *rest[first:]], spec)
-        return forward(*again, **named)
-
-    if isinstance(trunk, Streams) and not trunk.left:
-        merge = trunk.merger()
-
-        def run_on_pair(current: Tensor, previous: Tensor, *rest: Any) -> Any:
-            return run(merge(previous, current), *rest)
-
-        link = _Kept(Branch(name, run_on_pair, modules), trunk.current)
-        return link.run(trunk.current, (trunk.previous, *others), drop=True)
-    x = settle(trunk)
-    return _Kept(Branch(name, run, modules), x).run(x, others, drop=True)
-
-
-class _Kept(Link):
-    """A step without a chain: what it runs on is kept, and not reconstructed by a step after it."""
-
-    def __init__(self, branch: Branch, x: Tensor) -> None:
-        super().__init__(Tape(branch.name), 0, branch, bottom=True)
-        self.keep(x)
-
-    def _take(self, now: Pass, *, last: bool) -> Around:  # noqa: ARG002 - as the links of a chain
-        assert self.anchor is not None
-        x, version = self.anchor
-        if x._version != version:
-            raise ReplayError(
-                f"{self.branch.name}: its input has been modified by an inplace operation, and backward needs it as it "
-                "was; use the out-of-place form of that operation"
-            )
-        return x, None

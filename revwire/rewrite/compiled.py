@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from revwire.pytree import plain_attributes
-from revwire.rewrite.forward import StepCode, source_of, step_code
+from revwire.find.alike import plain_attributes
+from revwire.find.branch_code import StepCode, source_of, step_code
+from revwire.libraries.drop import is_drop_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,16 +56,15 @@ def _drop_paths(residual: Residual) -> list[fx.Node]:
     while len(terms) == 1:
         node = terms[0]
         alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-        if not alone or node in residual.shared or not _is_drop_path(residual.frame.module, str(node.target)):
+        if (
+            not alone
+            or node in residual.shared
+            or not is_drop_path(residual.frame.module.get_submodule(str(node.target)))
+        ):
             break
         last.insert(0, node)
         terms = tuple(node.all_input_nodes)
     return last
-
-
-def _is_drop_path(parent: nn.Module, path: str) -> bool:
-    module = parent.get_submodule(path)
-    return isinstance(getattr(module, "drop_prob", None), float) or type(module).__name__ == "StochasticDepth"
 
 
 def _compiled(function: Callable[..., Any], kind: tuple[Any, ...]) -> Callable[..., Any]:

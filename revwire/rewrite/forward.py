@@ -6,14 +6,13 @@ step. Children are called by name (`self.attn(...)`), so one that is replaced la
 
 from __future__ import annotations
 
-import linecache
 import operator
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx, nn
+from torch import fx
+
+from revwire.find.branch_code import compile_graph
 
 if TYPE_CHECKING:
     from revwire.find.consecutive import Calls
@@ -28,58 +27,10 @@ class _Self:
         return "self"
 
 
-@dataclass(frozen=True)
-class StepCode:
-    """One planned residual as code.
-
-    Attributes:
-        branch: `branch(self, x, *sides)`: a tuple of the sum of the residual's branches at the trunk `x`, and of the
-            values of the branch that the frame uses elsewhere.
-        whole: Whether that sum holds the (scaled) skip too.
-        leads: Whether the trunk is the first term of the frame's own sum.
-        post: `post(self, total, *sides)`: what follows the sum and moves into the branch, or None.
-        modules: Paths of the children both call.
-        own: Paths of the parameters and buffers both read themselves.
-    """
-
-    branch: Callable[..., tuple[Any, ...]]
-    whole: bool
-    leads: bool
-    post: Callable[..., Tensor] | None
-    modules: tuple[str, ...]
-    own: tuple[str, ...]
-
-
 RunStep = Callable[..., Any]
 """Called by the rewritten forward as `run(self, trunk, *sides)` in place of a planned sum.
 
 Returns the trunk after the step; a tuple of it and of what the frame uses of the branch, if there is such."""
-
-
-def step_code(residual: Residual, without: Sequence[fx.Node] = ()) -> StepCode:
-    """The branch of a residual as functions of `(self, x, *sides)`.
-
-    Args:
-        residual: What to write.
-        without: Calls of one tensor that the branch ends with, in order, to leave out of its function.
-    """
-    sides = residual.sides
-    terms = tuple(without[0].all_input_nodes) if without else residual.terms
-    inside = tuple(node for node in residual.inside if node not in without)
-    branch = _function(residual, "branch", residual.skip, inside, sides, terms, residual.shared)
-    post = None
-    if residual.post:
-        post = _function(residual, "post", residual.total, residual.post, sides, (residual.result,))
-    nodes = (*residual.inside, *residual.post)
-    read = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
-    return StepCode(
-        branch,
-        residual.scale is not None,
-        residual.leads,
-        post,
-        residual.modules,
-        tuple(dict.fromkeys(str(n.target) for n in read)),
-    )
 
 
 def rewritten_forward(
@@ -116,7 +67,7 @@ def rewritten_forward(
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         assert len(later) < len(waiting), f"{later} wait for each other"
         waiting = later
-    return _compile(graph, f"<revwire {type(frame.module).__name__}.forward {id(graph):x}>")
+    return compile_graph(graph, f"<revwire {type(frame.module).__name__}.forward {id(graph):x}>")
 
 
 def _step_call(
@@ -156,55 +107,3 @@ def _needed(
         needed.add(node)
         waiting.extend(read.get(node, node.all_input_nodes))
     return needed
-
-
-def _function(
-    residual: Residual,
-    kind: str,
-    trunk: fx.Node,
-    inside: tuple[fx.Node, ...],
-    sides: tuple[fx.Node, ...],
-    terms: Iterable[fx.Node],
-    shared: tuple[fx.Node, ...] | None = None,
-) -> Callable[..., Any]:
-    graph = fx.Graph()
-    copies = {trunk: graph.placeholder("x")}
-    copies.update({node: graph.placeholder(f"side_{i}") for i, node in enumerate(sides)})
-    for node in inside:
-        for read in node.all_input_nodes:
-            if read not in copies:
-                assert read.op == "get_attr", f"{read} is neither trunk, side nor inside"
-                copies[read] = graph.get_attr(str(read.target))
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    total, *rest = (copies[term] for term in terms)
-    for term in rest:
-        total = graph.call_function(_add, (total, term))
-    graph.output(total if shared is None else (total, *(copies[n] for n in shared)))
-    name = f"{type(residual.frame.module).__name__}.{kind}_{residual.index}"
-    return _compile(graph, f"<revwire {name} {id(graph):x}>")
-
-
-def _add(left: Tensor, right: Tensor) -> Tensor:
-    return left + right
-
-
-def _compile(graph: fx.Graph, filename: str) -> Callable[..., Any]:
-    code = graph.python_code("self")
-    namespace: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - our own code, printed by torch.fx
-    lines = code.src.splitlines(keepends=True)
-    linecache.cache[filename] = (len(code.src), None, lines, filename)  # tracebacks show the generated line
-    function: Callable[..., Any] = namespace["forward"]
-    weakref.finalize(function, linecache.cache.pop, filename, None)
-    return function
-
-
-def source_of(function: Callable[..., Any]) -> str:
-    """The text of a function that was generated here."""
-    return "".join(linecache.getlines(function.__code__.co_filename))
-
-
-def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the tensor at `path` below `module`, and its name there."""
-    parent, _, key = path.rpartition(".")
-    return module.get_submodule(parent), key

@@ -8,132 +8,37 @@ where that fails, the original forward runs on the merged tensor, and says so on
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from revwire._torch import TreeSpec, not_compiled, only_shapes
-from revwire.experimental.overlap import can_overlap
+from revwire.find.additions import find_residuals
+from revwire.find.blocks import find_blocks
+from revwire.find.branch_code import StepCode, step_code
 from revwire.find.consecutive import places
-from revwire.find.residual import Residual, find_blocks, find_residuals
-from revwire.planning.slicing import mixes_now
-from revwire.planning.transitions import run_again
-from revwire.pytree import is_object, tree_flatten, tree_unflatten
+from revwire.pytree import tree_flatten, tree_unflatten
 from revwire.rewrite.compiled import compiled_code
-from revwire.rewrite.forward import StepCode, owner_of, rewritten_forward, step_code
-from revwire.run.attention import AttentionInParts
-from revwire.run.branch import Branch, Cut
-from revwire.run.streams import Streams, as_tensor, is_streams, settle
-from revwire.trace.frame import (
-    TENSOR,
-    Frame,
-    Inlined,
-    TraceFailure,
-    constant_for,
-    has_settings,
-    original_forward,
-    same,
-    settings_of,
-)
+from revwire.rewrite.forward import rewritten_forward
+from revwire.rewrite.step import run_step
+from revwire.rewrite.variant import Variant
+from revwire.rewrite.wired import PROGRAM
+from revwire.run.recompute import run_again
+from revwire.run.streams import is_streams, settle
+from revwire.trace.frame import Frame, TraceFailure, original_forward
+from revwire.trace.guards import has_settings, is_input, settings_of
 from revwire.trace.recorder import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from revwire.find.consecutive import Calls
-    from revwire.planning.plan import Joined, Mode
-    from revwire.run.coupling import Coupling
-    from revwire.run.exact import Exact
+    from torch import Tensor, nn
 
-PROGRAM = "_revwire_program"
-"""The attribute that holds a rewired module's `Program`."""
+    from revwire.find.consecutive import Calls
+    from revwire.find.residual import Residual
+    from revwire.planning.plan import Joined, Step
+    from revwire.run.options import Options
+
 
 _MAX_VARIANTS = 64  # an argument that is another number at every call must not fill memory with code
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the steps of a rewired model run.
-
-    Attributes:
-        coupling: The recurrence.
-        exact: Whether streams are in fixed point, and on which grid; True: each chain's follows what enters it.
-        sliced: Run branches slice by slice where the plan says so; False runs them whole, for comparison.
-        replay: Drop what branches save and run them again in backward; False keeps everything, as plain autograd
-            through the same recurrence does, for comparison.
-        compile: Run branches by torch.compile; on fake tensors they run as they are.
-        overlap: Start a step's second run while the device computes the gradients of the step after it.
-    """
-
-    coupling: Coupling
-    replay: bool = True
-    exact: Exact = False
-    sliced: bool = True
-    compile: bool = False
-    overlap: bool = False
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One residual of a frame as the plan wants it run.
-
-    Attributes:
-        name: What messages call the step.
-        last: Whether it ends its chain and hands on a plain tensor.
-        post: What moves into the branch after the sum.
-        mode: What the step holds for backward.
-        cut: How its branch is run slice by slice, None: all at once.
-        parts: In how many slices it is wanted; its softmax attention makes up for those that cannot be had.
-    """
-
-    name: str
-    last: bool
-    post: str | None = None
-    mode: Mode = "reverse"
-    cut: Cut | None = None
-    parts: int = 1
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A frame's rewritten forward, and the calls it holds for."""
-
-    function: Callable[..., Any]
-    output: TreeSpec | None
-    spec: TreeSpec
-    constants: tuple[Any, ...]
-    training: bool | None
-    settings: dict[str, Any]
-    properties: dict[str, tuple[Any, ...]]
-    attributes: tuple[tuple[int, tuple[str, ...], Any], ...]
-    inlined: tuple[Inlined, ...]
-
-    def run(self, module: nn.Module, inputs: list[Any]) -> Any:
-        """What the module returns for these input leaves."""
-        result = self.function(module, *inputs)
-        return result if self.output is None else tree_unflatten(list(result), self.output)
-
-    def fits(self, module: nn.Module, leaves: list[Any], spec: TreeSpec) -> bool:
-        """Whether a call of `module` with these argument leaves may run this code."""
-        if self.inlined and not all(child.agrees(module) for child in self.inlined):
-            return False
-        if (
-            self.training not in {None, module.training}
-            or len(leaves) != len(self.constants)
-            or spec != self.spec
-        ):
-            return False
-        for leaf, constant in zip(leaves, self.constants, strict=True):
-            found = TENSOR if _is_tensor(leaf) else constant_for(leaf)
-            if found is not constant and not same(found, constant):
-                return False
-        if not has_settings(module, self.settings):
-            return False
-        if any(not same(_read(leaves[i], names), value) for i, names, value in self.attributes):
-            return False
-        return all(_properties(key, leaves) == value for key, value in self.properties.items())
 
 
 class Program:
@@ -141,7 +46,8 @@ class Program:
 
     Args:
         frame: The module's frame as planned.
-        planned: The frame's residuals that are steps, by their index in the frame.
+        steps: The frame's residuals that are steps, by their index in the frame.
+        ends: Those of them that end their chain and hand on a plain tensor.
         options: How steps run.
         joined: The frame's children that run again together, wherever it calls them one after the other.
     """
@@ -149,20 +55,20 @@ class Program:
     def __init__(
         self,
         frame: Frame,
-        planned: dict[int, Planned],
+        steps: dict[int, Step],
+        ends: frozenset[int],
         options: Options,
         joined: tuple[Joined, ...] = (),
     ) -> None:
-        self.planned, self.options, self.joined = planned, options, joined
-        self.inlined = frozenset(frame.inlined)
+        self.steps, self.ends, self.options, self.joined = steps, ends, options, joined
+        self.inlined = frozenset(frame.guards.inlined)
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, bool, dict[str, Any]]] = []
         self._add(frame)
 
     def __getstate__(self) -> dict[str, Any]:
         # generated code is made again where the program is loaded, at the first call
-        own = {"planned": self.planned, "options": self.options, "joined": self.joined}
-        return {**own, "inlined": self.inlined, "_variants": [], "_refused": []}
+        return {**self.__dict__, "_variants": [], "_refused": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         copy = object.__new__(Program)
@@ -173,9 +79,9 @@ class Program:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward, rewired."""
         leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
-        inputs = [leaf for leaf in leaves if _is_tensor(leaf) or is_object(leaf)]
+        inputs = list(filter(is_input, leaves))
         for variant in self._variants:
-            if variant.fits(module, leaves, spec):
+            if variant.guards.hold(module, leaves, spec):
                 return variant.run(module, inputs)
         if not self._has_refused(module, spec):
             if (failure := self._trace(module, args, kwargs)) is None:
@@ -216,36 +122,20 @@ class Program:
         residuals = find_residuals(frame)[0] or find_blocks(frame)
         steps: dict[Residual, Callable[..., Any]] = {}
         for residual in residuals:
-            if (planned := self.planned.get(residual.index)) is not None:
+            if (step := self.steps.get(residual.index)) is not None:
                 if residual.refused:
                     raise TraceFailure(f"has no residual here: {residual.refused}")
-                if (chosen := residual.with_post(planned.post)) is None:
-                    raise TraceFailure(f"has no {planned.post} after the sum, as was planned")
+                if (chosen := residual.with_post(step.post)) is None:
+                    raise TraceFailure(f"has no {step.post} after the sum, as was planned")
                 # what looks at each operation cannot look into compiled ones
-                compiles = self.options.compile and planned.parts == 1
+                compiles = self.options.compile and not (step.inside and step.slices > 1)
                 compiled = compiled_code(chosen) if compiles else None
-                steps[chosen] = self._runner(planned, step_code(chosen), compiled)
-        if len(steps) != len(self.planned):
-            raise TraceFailure(f"has {len(steps)} residuals where {len(self.planned)} are planned")
-        assert frame.spec is not None
-        leaves = [n.meta["value"] for n in frame.graph.nodes if n.op == "placeholder"] if frame.graph else []
+                steps[chosen] = self._runner(step, residual.index in self.ends, step_code(chosen), compiled)
+        if len(steps) != len(self.steps):
+            raise TraceFailure(f"has {len(steps)} residuals where {len(self.steps)} are planned")
         del self._variants[: -_MAX_VARIANTS + 1]
-        self._variants.append(
-            Variant(
-                rewritten_forward(frame, steps, self._joined_calls(frame, steps)),
-                frame.output,
-                frame.spec,
-                frame.constants,
-                frame.guards.training,
-                frame.guards.settings,
-                {key: _properties(key, leaves) for key in sorted(frame.guards.properties)},
-                tuple(
-                    (int(node[len("input_") :]), names, value)
-                    for (node, names), value in frame.guards.attributes.items()
-                ),
-                tuple(frame.inlined.values()),
-            )
-        )
+        function = rewritten_forward(frame, steps, self._joined_calls(frame, steps))
+        self._variants.append(Variant(function, frame.output, frame.guards))
 
     def _joined_calls(self, frame: Frame, steps: Iterable[Residual]) -> dict[Calls, Callable[..., Any]]:
         taken = {node for residual in steps for node in residual.nodes}
@@ -256,12 +146,12 @@ class Program:
         }
 
     @staticmethod
-    def _runner(planned: Planned, code: StepCode, compiled: StepCode | None) -> Callable[..., Any]:
+    def _runner(step: Step, ends: bool, code: StepCode, compiled: StepCode | None) -> Callable[..., Any]:
         # reads the options from the module it runs for: deep copies share this code, not their options
         def run(module: nn.Module, trunk: Any, *sides: Any) -> Any:
             options = module.__dict__[PROGRAM].options
             fast = compiled if options.compile and not only_shapes() else None
-            return run_step(module, planned, fast or code, options, trunk, settle(sides))
+            return run_step(module, step, fast or code, options, trunk, settle(sides), ends=ends)
 
         run.__name__ = run.__qualname__ = "step"
         return run
@@ -280,93 +170,6 @@ def _joined_runner(joined: Joined) -> Callable[..., Any]:
 
     run.__name__ = run.__qualname__ = "joined"
     return run
-
-
-def run_step(
-    module: nn.Module, planned: Planned, code: StepCode, options: Options, trunk: Any, sides: tuple[Any, ...]
-) -> Any:
-    """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`."""
-    coupling = options.coupling.in_mode(training=module.training)
-    shared: list[tuple[Any, ...]] = []
-
-    def branch(x: Tensor, *rest: Any) -> Tensor:
-        out: Tensor
-        out, *inner = code.branch(module, x, *rest)
-        if inner and not shared:
-            shared.append(tuple(inner))
-        if code.whole:
-            # the block as it is, G(x) = s * x + F(x): what it adds to the trunk is the rest
-            return (out if code.post is None else code.post(module, out, *rest)) - x
-        if code.post is None:
-            return out
-        # a=b-free couplings take the operation after the sum into the branch; those that keep x[i] as the skip
-        # take the whole block G that way: F(x) = G(x) - x
-        return code.post(module, out, *rest) if not coupling.b else code.post(module, x + out, *rest) - x
-
-    if not coupling.a:
-        x = as_tensor(trunk)
-        out, *inner = code.branch(module, x, *sides)
-        total = out if code.whole else x + out if code.leads else out + x
-        total = total if code.post is None else code.post(module, total, *sides)
-        return (total, *inner) if inner else total
-    modules = [module.get_submodule(path) for path in code.modules]
-    owners = [owner_of(module, path) for path in code.own]
-    cut = _cut_now(planned, options, modules, trunk, sides)
-    function = _in_parts(planned, options, branch, 1 if cut is None else cut.count(trunk.shape))
-    overlap = options.overlap and can_overlap(trunk.device)
-    step = Branch(planned.name, function, modules, owners, cut, planned.mode, overlap)
-    if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
-        trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
-    following = trunk.advance(step, sides, replay=options.replay and not torch.compiler.is_exporting())
-    following = following.tensor() if planned.last else following
-    if not shared:
-        return following
-    # the branch outlives the forward, and must not keep what it handed out: an empty tuple tells it that it did
-    handed = shared[0]
-    shared[0] = ()
-    return (following, *handed)
-
-
-def _cut_now(
-    planned: Planned, options: Options, modules: list[nn.Module], trunk: Any, sides: tuple[Any, ...]
-) -> Cut | None:
-    """The planned cut, where this call has anything to cut and nothing mixes samples in the mode it runs in."""
-    cut = planned.cut
-    if cut is None or not options.sliced or trunk.shape[cut.dim] < 2 or len(sides) != len(cut.sides):
-        return None
-    # a side input of one row serves all samples
-    if any(c and len(s) != trunk.shape[cut.dim] for c, s in zip(cut.sides, sides, strict=True)):
-        return None
-    return None if mixes_now(modules) else cut
-
-
-def _in_parts(
-    planned: Planned, options: Options, branch: Callable[..., Tensor], slices: int
-) -> Callable[..., Tensor]:
-    """The branch with its attention in parts, where it runs in fewer slices than wanted."""
-    parts = -(-planned.parts // slices)
-    if parts < 2 or not options.sliced or torch.compiler.is_exporting():
-        return branch
-
-    def run(x: Tensor, *rest: Any) -> Tensor:
-        with AttentionInParts(parts, planned.name):
-            return branch(x, *rest)
-
-    return run
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor | Streams)
-
-
-def _read(leaf: Any, names: tuple[str, ...]) -> Any:
-    for name in names:
-        leaf = getattr(leaf, name, None)
-    return leaf
-
-
-def _properties(key: str, leaves: list[Any]) -> tuple[Any, ...]:
-    return tuple(getattr(leaf, key) for leaf in leaves if _is_tensor(leaf))
 
 
 def _trunk_only(tree: Any) -> Any:

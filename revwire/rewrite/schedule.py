@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RewireError
-from revwire.rewrite.swap import options_of, set_coupling
+from revwire.rewrite.wired import options_of, set_coupling
 from revwire.run.coupling import Dr2Net
 
 if TYPE_CHECKING:

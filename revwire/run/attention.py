@@ -1,9 +1,9 @@
-"""Softmax attention as models write it out, run in parts, so that the scores of one part alone are alive at a time.
+"""Softmax attention as models write it out, run in slices, so that the scores of one slice alone are alive at a time.
 
     q @ k^T  ->  scale, bias, mask, views  ->  softmax  ->  dropout  ->  @ v
 
-Within `AttentionInParts` the first product makes no tensor but `Scores`, which take down what is done with them. The
-last product then runs all of it a part of the leading dimensions (windows, samples, heads) at a time. Whatever else is
+Within `SlicedAttention` the first product makes no tensor but `Scores`, which take down what is done with them. The
+last product then runs all of it a slice of the leading dimensions (windows, samples, heads) at a time. Whatever else is
 done with scores, such as looking into them, makes them a tensor, whole, and the code goes on as it would have.
 """
 
@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from revwire._torch import is_traceable_wrapper_subclass
 from revwire.errors import ReplayError
 from revwire.pytree import tree_map
-from revwire.run.conditions import autocast_now
-from revwire.run.recipe import Operand, Operation, Recipe, Value, parts_of
-from revwire.run.tensor_like import Lookalike
+from revwire.run.ambient import autocast_now
+from revwire.run.sliced_operations import Operand, Operation, SlicedOperations, Value, spans_of
+from revwire.run.tensor_like import TensorLike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -46,22 +46,22 @@ _ELEMENTWISE = (
 _Made = tuple["Callable[..., Any] | None", tuple[Any, ...], dict[str, Any]]
 
 
-class AttentionInParts(TorchFunctionMode):
-    """Within it, attention runs in parts.
+class SlicedAttention(TorchFunctionMode):
+    """Within it, attention runs in slices.
 
     Args:
-        parts: How many, at least.
+        slices: How many, at least.
         name: What messages call the code that runs.
         always: Also where the scores are smaller than what they are made of.
 
     Attributes:
         run: How many attentions did.
-        reused: Whether what was run in parts was used once more, whole.
+        reused: Whether what was run in slices was used once more, whole.
     """
 
-    def __init__(self, parts: int, name: str, *, always: bool = False) -> None:
+    def __init__(self, slices: int, name: str, *, always: bool = False) -> None:
         super().__init__()
-        self.parts, self.name, self.always = parts, name, always
+        self.slices, self.name, self.always = slices, name, always
         self.run, self.reused = 0, False
         self._paused = False
 
@@ -102,7 +102,7 @@ class AttentionInParts(TorchFunctionMode):
             self._paused = was
 
 
-class Scores(Lookalike):
+class Scores(TensorLike):
     """Attention's scores, or its weights after the softmax, before anything needs them.
 
     Args:
@@ -115,7 +115,7 @@ class Scores(Lookalike):
 
     def __init__(
         self,
-        mode: AttentionInParts,
+        mode: SlicedAttention,
         shape: tuple[int, ...],
         before: Scores | None,
         made: _Made,
@@ -215,7 +215,7 @@ class Scores(Lookalike):
         return Scores(self._mode, shape, self, (function, args, kwargs), softmax=softmax or self._softmax)
 
     def _product(self, function: Callable[..., Any], v: Any) -> Tensor | None:
-        """The weights times `v`, in parts; None where they cannot be."""
+        """The weights times `v`, in slices; None where they cannot be."""
         lead = tuple(self.shape[:-2])
         if not isinstance(v, Tensor) or v.shape[:-1] != (*lead, self.shape[-1]):
             return None
@@ -228,8 +228,8 @@ class Scores(Lookalike):
             return None  # something looked at them on the way
         made = [(s.made, tuple(s.shape[:-2])) for s in chain]
         made.append(((function, (Value, v), {}), lead))
-        parts = parts_of([of for _, of in made], self._mode.parts)
-        if parts is None:
+        spans = spans_of([of for _, of in made], self._mode.slices)
+        if spans is None:
             return None
         for scores in chain:
             scores.check_unused()
@@ -248,7 +248,7 @@ class Scores(Lookalike):
             operations.append(Operation(called, tuple(stood_in), kwargs, of))
         self._mode.run += 1
         with self._mode.paused():
-            return Recipe(self._mode.name, operations, parts)(operands)
+            return SlicedOperations(self._mode.name, operations, spans)(operands)
 
     def check_unused(self) -> None:
         """Raise where numbers that were drawn would have to be drawn once more."""
@@ -257,7 +257,7 @@ class Scores(Lookalike):
         self._mode.reused = True
         if self.drawn:
             raise ReplayError(
-                f"{self._mode.name}: its attention weights are used twice, and their dropout was drawn part by part; "
+                f"{self._mode.name}: its attention weights are used twice, and their dropout was drawn slice by slice; "
                 "leave the step out of chunks"
             )
 

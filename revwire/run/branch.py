@@ -15,50 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revwire._torch import FakeTensor
 from revwire.errors import ReplayError
 from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
-from revwire.run.conditions import Conditions, no_weight_cache, observe
+from revwire.run.ambient import no_weight_cache
+from revwire.run.conditions import Conditions, observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from revwire.planning.plan import Mode
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a branch is run slice by slice: its samples, or positions that it treats alike, do not know of each other.
-
-    Attributes:
-        dim: The dimension of the trunk that is cut.
-        slices: Into how many pieces, of equal size but for the last.
-        sides: Whether each side input is cut along its first dimension too.
-    """
-
-    dim: int
-    slices: int
-    sides: tuple[bool, ...]
-
-    def count(self, shape: Sequence[int]) -> int:
-        """How many slices a trunk of this shape makes: fewer than `slices` where it is shorter."""
-        return -(-shape[self.dim] // -(-shape[self.dim] // self.slices))
-
-    def of(self, x: Tensor) -> Sequence[Tensor]:
-        """The slices of a trunk."""
-        return x.chunk(self.slices, self.dim)
-
-    def part(self, x: Tensor, part: int) -> Tensor:
-        """One of them; all would be many views for the one."""
-        size = -(-x.shape[self.dim] // self.slices)
-        return x.narrow(self.dim, part * size, min(size, x.shape[self.dim] - part * size))
-
-    def of_sides(self, sides: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """The side inputs of each slice."""
-        both = zip(sides, self.sides, strict=True)
-        cut = [side.chunk(self.slices) if is_cut else (side,) * self.slices for side, is_cut in both]
-        # a size that the number of slices does not go into may make fewer of them
-        return list(zip(*cut, strict=False)) if cut else [()] * self.slices
+    from revwire.run.options import Mode
+    from revwire.run.slices import Slices
 
 
 @dataclass(eq=False, slots=True)
@@ -70,34 +36,32 @@ class Branch:
         function: `F(x, *sides)`.
         modules: The modules it calls.
         own: The parameters it reads itself, as (owner, name).
-        cut: How it is run slice by slice, None: all at once.
+        slices: How it is run slice by slice, None: all at once.
         mode: What the step holds for backward.
-        overlap: Whether its second run may start while the device computes the gradients of the step after it.
     """
 
     name: str
     function: Callable[..., Any]
     modules: Sequence[nn.Module] = ()
     own: Sequence[tuple[nn.Module, str]] = ()
-    cut: Cut | None = None
+    slices: Slices | None = None
     mode: Mode = "reverse"
-    overlap: bool = False
 
 
 class Redeems(Protocol):
     """Who gets dropped tensors back."""
 
-    def redeem(self, part: int, index: int) -> Tensor:
-        """The `index`-th tensor that run `part` dropped."""
+    def redeem(self, run: int, index: int) -> Tensor:
+        """The `index`-th tensor that a run dropped."""
 
 
 class Ticket:
-    """Stands in the graph for a tensor that a branch would have saved: the `index`-th of run `part` of its `owner`."""
+    """Stands in the graph for a tensor that a branch would have saved: the `index`-th of one `run` of its `owner`."""
 
-    __slots__ = ("__weakref__", "index", "owner", "part")
+    __slots__ = ("__weakref__", "index", "owner", "run")
 
-    def __init__(self, owner: Redeems, part: int, index: int) -> None:
-        self.owner, self.part, self.index = owner, part, index
+    def __init__(self, owner: Redeems, run: int, index: int) -> None:
+        self.owner, self.run, self.index = owner, run, index
 
 
 class BranchRun:
@@ -126,7 +90,7 @@ class BranchRun:
         """Whether nothing was dropped."""
         return not self._tickets
 
-    def forward(self, owner: Redeems, part: int, x: Tensor, sides: tuple[Any, ...]) -> Any:
+    def forward(self, owner: Redeems, run: int, x: Tensor, sides: tuple[Any, ...]) -> Any:
         """The branch's output, with grad and with its saved tensors dropped."""
         self._wants_grad, self.strides = x.requires_grad, x.stride()
         self.sides = _without_history(sides)
@@ -136,7 +100,7 @@ class BranchRun:
         def drop(tensor: Tensor) -> Tensor | Ticket:
             if isinstance(tensor, nn.Parameter):
                 return tensor
-            ticket = Ticket(owner, part, len(self._tickets))
+            ticket = Ticket(owner, run, len(self._tickets))
             self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
             return ticket
 
@@ -211,13 +175,6 @@ class BranchRun:
                 "between forward and backward, so it cannot be run again as it ran; use the out-of-place form"
             )
 
-    @property
-    def plain_parameters(self) -> bool:
-        """Whether its parameters are tensors of torch's own class."""
-        assert self.conditions is not None
-        held = (held.tensor for held in self.conditions.parameters)
-        return all(type(tensor) in {Tensor, nn.Parameter, FakeTensor} for tensor in held)
-
     def _run(self, current: Tensor, *, with_grad: bool) -> Tensor:
         self._check_sides()
         x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
@@ -238,7 +195,7 @@ class _Done(Exception):
 
 
 def _redeem(packed: Tensor | Ticket) -> Tensor:
-    return packed.owner.redeem(packed.part, packed.index) if isinstance(packed, Ticket) else packed
+    return packed.owner.redeem(packed.run, packed.index) if isinstance(packed, Ticket) else packed
 
 
 def _no_backward(_: object) -> Tensor:

@@ -6,28 +6,20 @@ weights (the very tensors of the forward, unchanged) and buffers (BatchNorm stat
 
 from __future__ import annotations
 
-import random
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cuda as sdp
-from torch.nn.modules.batchnorm import _NormBase
 
-from revwire._torch import only_shapes
+from revwire._torch import AnyTrackingNorm
 from revwire.errors import ReplayError
+from revwire.run.ambient import KERNELS, RandomState, autocast_now, generators
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-_KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
-    (sdp.flash_sdp_enabled, sdp.enable_flash_sdp),
-    (sdp.mem_efficient_sdp_enabled, sdp.enable_mem_efficient_sdp),
-    (sdp.math_sdp_enabled, sdp.enable_math_sdp),
-    (sdp.cudnn_sdp_enabled, sdp.enable_cudnn_sdp),
-)
 
 _MISSING = object()
 
@@ -95,7 +87,7 @@ class Conditions:
                 stack.enter_context(state.restored())
             for arguments in self.autocast:
                 stack.enter_context(torch.autocast(**arguments))
-            for (allowed, allow), wanted in zip(_KERNELS, self.kernels, strict=True):
+            for (allowed, allow), wanted in zip(KERNELS, self.kernels, strict=True):
                 if (now := allowed()) is not wanted:
                     allow(wanted)
                     stack.callback(allow, now)
@@ -152,7 +144,7 @@ def observe(
         own: Parameters and buffers that the branch's code reads itself, as (owner, name).
         device: The device whose random state the branch may draw from, beside the CPU's.
     """
-    kernels = tuple(allowed() for allowed, _ in _KERNELS)
+    kernels = tuple(allowed() for allowed, _ in KERNELS)
     conditions = Conditions(parameters=[], autocast=autocast_now(device), kernels=kernels)
     before: list[tuple[Held, Tensor]] = []
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -164,7 +156,7 @@ def observe(
         conditions.parameters.extend(
             _held(module, k, p) for k, p in module._parameters.items() if p is not None
         )
-        if module._buffers and isinstance(module, _NormBase) and module.training:
+        if module._buffers and isinstance(module, AnyTrackingNorm) and module.training:
             conditions.scratch.append(module)
         elif module._buffers:
             before.extend(_copied(module, module._buffers))
@@ -172,7 +164,7 @@ def observe(
         if (parameter := module._parameters.get(key)) is not None:
             conditions.parameters.append(_held(module, key, parameter))
         before.extend(_copied(module, module._buffers.keys() & {key}))
-    states = [RandomState.now(get, put) for get, put in _generators(device)]
+    states = [RandomState.now(get, put) for get, put in generators(device)]
     yield conditions
     conditions.random = [state for state in states if state.moved()]
     for held_in, was in attributes:
@@ -188,20 +180,6 @@ def observe(
             conditions.buffers.append(held)
 
 
-@contextmanager
-def no_weight_cache() -> Iterator[None]:
-    """For the length of the block, autocast does not hold on to the weights that it casts.
-
-    It would until the end of the forward: a copy of all weights, for steps that keep nothing else.
-    """
-    was = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(was)
-
-
 def _copied(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[Held, Tensor]]:
     for key in keys:
         if (buffer := module._buffers[key]) is not None:
@@ -211,7 +189,7 @@ def _copied(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[Held, Tens
 def _moves(held: Held) -> bool:
     """Whether a buffer was changed since, or may be by a kernel that says nothing of it (BatchNorm's statistics)."""
     now = held.module._buffers.get(held.key)
-    return isinstance(held.module, _NormBase) or now is not held.tensor or now._version != held.version
+    return isinstance(held.module, AnyTrackingNorm) or now is not held.tensor or now._version != held.version
 
 
 def _plain(value: Any) -> Any:
@@ -254,56 +232,3 @@ def _set(owner: dict[str, Any], key: str, value: Any) -> None:
         owner.pop(key, None)
     else:
         owner[key] = value
-
-
-@dataclass(slots=True)
-class RandomState:
-    """One generator's state, with the functions that read and write it."""
-
-    get: Callable[[], Any]
-    put: Callable[[Any], object]
-    state: Any
-
-    @classmethod
-    def now(cls, get: Callable[[], Any], put: Callable[[Any], object]) -> RandomState:
-        """The state as it is."""
-        return cls(get, put, get())
-
-    def moved(self) -> bool:
-        """Whether numbers were drawn since."""
-        now = self.get()
-        return not torch.equal(now, self.state) if isinstance(now, Tensor) else bool(now != self.state)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The block draws the same numbers again; afterwards the generator is where it was before the block."""
-        now = self.get()
-        self.put(self.state)
-        try:
-            yield
-        finally:
-            self.put(now)
-
-
-def _generators(device: torch.device) -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
-    if only_shapes():
-        return
-    yield torch.get_rng_state, torch.set_rng_state
-    yield random.getstate, random.setstate
-    if device.type not in {"cpu", "meta"}:
-        module: Any = torch.get_device_module(device)
-        yield (lambda: module.get_rng_state(device)), (lambda state: module.set_rng_state(state, device))
-
-
-def autocast_now(device: torch.device) -> list[dict[str, Any]]:
-    """The arguments of the `torch.autocast` that would put autocast as it is now, for each kind of device concerned."""
-    kinds = dict.fromkeys(("cpu", device.type)) if device.type != "meta" else ("cpu",)
-    return [
-        {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-        for kind in kinds
-    ]

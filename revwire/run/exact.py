@@ -16,11 +16,7 @@ can fail is only a sum that is too large to be exact. `Watch` sees that, and has
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
-from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,17 +25,13 @@ from torch import Tensor
 from revwire.errors import RewireError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from revwire.run.coupling import Coupling, Weights
-    from revwire.run.tape import Kept, Link
+    from revwire.run.coupling import Coupling
+    from revwire.run.recurrence import Weights
 
 HEADROOM_BITS = 8
 """A chosen grid takes values up to 2^8 times the largest that entered: pretrained trunks grow by 10 to 100 times."""
 
 _MOST_DROPPED_BITS = 8
-_LAG = {"cpu": 0}
-_LAG_ELSEWHERE = 2  # steps a GPU may be ahead of the check, so that nothing waits for it; each holds a trunk
 
 
 class _Rounded(torch.autograd.Function):
@@ -100,7 +92,7 @@ class Grid:
         branch: Tensor,
         *,
         keep: bool,
-    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    ) -> tuple[Tensor, ExactInverse]:
         """One step on the grid.
 
         Args:
@@ -112,12 +104,12 @@ class Grid:
             keep: Whether the inverse will be asked for; else it may be one that cannot answer.
 
         Returns:
-            `x[i+1]` on the grid, and the function that takes it, `x[i]` and `F_i(x[i])` to `x[i-1]`.
+            `x[i+1]` on the grid, and what takes it, `x[i]` and `F_i(x[i])` to `x[i-1]`.
         """
-        change = self._change(weights, current, branch)
+        change = self.change(weights, current, branch)
         if not isinstance(weights.a, Tensor) and weights.a in {0, 1}:
             total = previous + change if weights.a else change
-            return total, partial(self.retreat, weights, None)
+            return total, ExactInverse(self, weights, None)
         share = weights.a * previous
         with torch.no_grad():
             cut = share * 2.0**self.bits
@@ -126,22 +118,36 @@ class Grid:
             _pack((cut * 2**dropped_bits).to(torch.uint8), dropped_bits) if keep and dropped_bits else None
         )
         total = (share - cut.mul_(2.0**-self.bits)) + change
-        return total, partial(self.retreat, weights, packed)
+        return total, ExactInverse(self, weights, packed)
 
-    def retreat(
-        self, weights: Weights, packed: Packed | None, following: Tensor, current: Tensor, branch: Tensor
-    ) -> Tensor:
-        """`x[i-1]`, bit for bit, from what `advance` was given and returned."""
-        share = following - self._change(weights, current, branch)
-        if not isinstance(weights.a, Tensor) and weights.a == 1:
-            return share
-        if packed is not None:
-            share += packed.unpacked(share) * 2.0 ** -(self.bits + packed.bits)
-        # a power of two divides exactly; + 0 makes of -0, which no sum on the grid ever gives, 0 again
-        return share.div_(weights.a).add_(0.0)
-
-    def _change(self, weights: Weights, current: Tensor, branch: Tensor) -> Tensor:
+    def change(self, weights: Weights, current: Tensor, branch: Tensor) -> Tensor:
+        """`b * x[i] + c * F_i(x[i])`, rounded to the grid."""
         return self.round(weights.change(current, branch).to(current.dtype))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExactInverse:
+    """Takes a step on a grid back, bit for bit.
+
+    Attributes:
+        grid: The grid.
+        weights: The coefficients of the step.
+        packed: The bits of its input that the step dropped, if it dropped any.
+    """
+
+    grid: Grid
+    weights: Weights
+    packed: Packed | None
+
+    def retreat(self, following: Tensor, current: Tensor, branch: Tensor) -> Tensor:
+        """`x[i-1]` from `x[i+1]`, `x[i]` and `F_i(x[i])`."""
+        share = following - self.grid.change(self.weights, current, branch)
+        if not isinstance(self.weights.a, Tensor) and self.weights.a == 1:
+            return share
+        if self.packed is not None:
+            share += self.packed.unpacked(share) * 2.0 ** -(self.grid.bits + self.packed.bits)
+        # a power of two divides exactly; + 0 makes of -0, which no sum on the grid ever gives, 0 again
+        return share.div_(self.weights.a).add_(0.0)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -176,57 +182,6 @@ def _pack(values: Tensor, bits: int) -> Packed:
         for j in range(8):
             planes[i] |= ((flat[j] >> i) & 1) << j
     return Packed(planes, bits)
-
-
-class Watch:
-    """Keeps the `x[i-1]` of a step whose sum was too large to be taken back exactly, and says so once.
-
-    A GPU's answer is read when it is some steps further on, so that it never stands still for it.
-
-    Args:
-        chain: What the message calls the chain: the name of its first step.
-    """
-
-    __slots__ = ("_chain", "_told", "_waiting")
-
-    def __init__(self, chain: str) -> None:
-        self._chain, self._told = chain, False
-        self._waiting: deque[tuple[weakref.ref[Link], Kept, Callable[[], bool]]] = deque()
-
-    def step(self, link: Link, previous: Tensor, holds: Tensor) -> None:
-        """Note one step: its link, its `x[i-1]`, and whether its sum is exact."""
-        self._waiting.append((weakref.ref(link), (previous.detach(), previous._version), _on_host(holds)))
-        self.settle(_LAG.get(previous.device.type, _LAG_ELSEWHERE))
-
-    def settle(self, left: int = 0) -> None:
-        """Look at all answers but the `left` last ones."""
-        while len(self._waiting) > left:
-            link_to, previous, held = self._waiting.popleft()
-            if held() or (link := link_to()) is None:
-                continue
-            link.anchored, link.anchor = True, previous
-            if not self._told:
-                self._told = True
-                warnings.warn(
-                    f"the chain from {self._chain}: values have left the range of its exact grid at "
-                    f"{link.branch.name}; such steps keep their input, which costs memory and no gradient. A coarser "
-                    "grid holds larger values: rewire(..., exact=revwire.Grid(bits)) with fewer bits",
-                    stacklevel=2,
-                )
-
-
-def _on_host(flag: Tensor) -> Callable[[], bool]:
-    """Reads a flag when it is asked for; until then the device that computes it goes on."""
-    if flag.device.type == "cpu":
-        return lambda: bool(flag)
-    copy, event = flag.to("cpu", non_blocking=True), torch.get_device_module(flag.device).Event()
-    event.record()
-
-    def read() -> bool:
-        event.synchronize()
-        return bool(copy)
-
-    return read
 
 
 Exact = bool | Grid

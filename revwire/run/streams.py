@@ -17,18 +17,20 @@ from torch import Tensor
 from revwire._torch import register_pytree_node
 from revwire.errors import RewireError
 from revwire.pytree import tree_leaves, tree_map
-from revwire.run.coupling import promoted
-from revwire.run.exact import Grid, Watch, dropped_bits
+from revwire.run.exact import Grid, dropped_bits
 from revwire.run.rearrange import inverse, is_rearrangement
+from revwire.run.recurrence import promoted
 from revwire.run.tape import Link, Tape
-from revwire.run.tensor_like import Lookalike
+from revwire.run.tensor_like import TensorLike
+from revwire.run.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from revwire.run.branch import Branch
-    from revwire.run.coupling import Coupling, Weights
+    from revwire.run.coupling import Coupling
     from revwire.run.exact import Exact
+    from revwire.run.recurrence import Weights
 
 
 # what either stream answers as the merged tensor would, without making it
@@ -62,7 +64,7 @@ class Place:
 
 
 @dataclass(eq=False, repr=False)
-class Streams(Lookalike):
+class Streams(TensorLike):
     """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
 
     Behaves as the merged tensor (`tensor()`) wherever code expects a tensor.
@@ -143,8 +145,25 @@ class Streams(Lookalike):
                 + (", or checkpoint with use_reentrant=False" if name == "CheckpointFunction" else "")
             )
 
-    def advance(self, branch: Branch, sides: tuple[Any, ...] = (), *, replay: bool = True) -> Streams:
-        """One step of the chain: the streams after `branch`; without `replay` its saved tensors are kept."""
+    def advance(
+        self,
+        branch: Branch,
+        sides: tuple[Any, ...] = (),
+        *,
+        replay: bool = True,
+        link_type: type[Link] = Link,
+    ) -> Streams:
+        """One step of the chain: the streams after `branch`.
+
+        Args:
+            branch: What the step adds.
+            sides: What the branch reads beside the trunk.
+            replay: Whether to drop what the branch saves and run it again in backward; else that is kept.
+            link_type: What notes the step on the tape.
+
+        Raises:
+            RewireError: the streams were changed in a way that would make the step silently wrong.
+        """
         if self.current.dtype != promoted(self.current.dtype, torch.float32):
             raise RewireError(
                 f"{branch.name}: the streams between rewired blocks were cast to {self.current.dtype}, which "
@@ -152,7 +171,7 @@ class Streams(Lookalike):
                 "cast_forward_inputs=False and no output_dtype"
             )
         self._check_usable()
-        link = self._link(branch)
+        link = self._link(branch, link_type)
         wide, narrow = self.current.dtype, self.dtype
         if wide != narrow:
             function = branch.function
@@ -162,7 +181,7 @@ class Streams(Lookalike):
         # a step without grad in the midst of a chain with grad is replayed too, on the way to the steps before it
         replay = replay and (torch.is_grad_enabled() or not link.bottom)
         if replay and not link.bottom and branch.mode != "reverse":
-            link.keep(self.previous)
+            link.keep_input(link.input_kept(self.previous))
         out = link.run(self.current, sides, drop=replay and branch.mode != "keep")
         following = self._next(link, weights, out)
         # only now: a branch that raises leaves these streams as they were, for whoever catches it to go on with
@@ -176,16 +195,18 @@ class Streams(Lookalike):
     def _next(self, link: Link, weights: Weights, out: Tensor) -> Tensor:
         """`x[i+1]`; the link is told how to take it back."""
         if self.grid is None:
-            link.inverse, link.weights = weights.retreat, weights
+            link.inverse = weights
             return weights.advance(self.previous, self.current, out)
         # nothing below the first step with a ticket is ever reconstructed
-        keep, dropped = not link.bottom and not link.anchored, dropped_bits(self.coupling)
+        keep, dropped = not link.bottom and link.anchor is None, dropped_bits(self.coupling)
         pair = self.previous, self.current
         following, link.inverse = self.grid.advance(weights, dropped, *pair, out, keep=keep)
         if keep:
             if link.tape.watch is None:
                 link.tape.watch = Watch(link.tape.chain)
-            link.tape.watch.step(link, self.previous, self.grid.holds(following))
+            link.tape.watch.step(
+                link.branch.name, link.keep_input, link.input_kept(self.previous), self.grid.holds(following)
+            )
         return following
 
     def can_continue(self, coupling: Coupling, exact: Exact = False) -> bool:
@@ -196,11 +217,11 @@ class Streams(Lookalike):
             return False
         return not self.left and not (self.link is not None and self.link.taken)
 
-    def _link(self, branch: Branch) -> Link:
+    def _link(self, branch: Branch, link_type: type[Link]) -> Link:
         before = self.link
         if before is None:
-            return Link(Tape(branch.name), 0, branch, bottom=True)
-        link = Link(before.tape, before.position + 1, branch, bottom=before.silent)
+            return link_type(Tape(branch.name), 0, branch, bottom=True)
+        link = link_type(before.tape, before.position + 1, branch, bottom=before.silent)
         link.before = weakref.ref(before)
         link.undo = self.undo
         return link

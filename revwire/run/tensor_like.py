@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-class Lookalike:
+class TensorLike:
     """Behaves as the tensor that it would be (`tensor()`) in torch functions, methods, operators and attributes.
 
     It is no `torch.Tensor`: `isinstance` says so, and code that insists on one calls `tensor()`. What a function does
@@ -45,7 +45,7 @@ class Lookalike:
 def _operator(name: str) -> Callable[..., Any]:
     function = getattr(Tensor, name)
 
-    def method(self: Lookalike, *args: Any) -> Any:
+    def method(self: TensorLike, *args: Any) -> Any:
         return self._call(function, (self, *args), {})
 
     return method
@@ -56,5 +56,5 @@ _OPERATORS = """
     neg pos abs invert and or xor eq ne lt le gt ge getitem setitem iter bool float int index contains
 """
 for _name in _OPERATORS.split():
-    setattr(Lookalike, f"__{_name}__", _operator(f"__{_name}__"))
-Lookalike.__hash__ = object.__hash__  # type: ignore[method-assign]
+    setattr(TensorLike, f"__{_name}__", _operator(f"__{_name}__"))
+TensorLike.__hash__ = object.__hash__  # type: ignore[method-assign]

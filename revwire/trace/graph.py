@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, fx, nn
 
+from revwire._torch import traced_assert
 from revwire.pytree import tree_leaves
 from revwire.run.rearrange import is_rearrangement
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
 _LIKE |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 _AS = {"type_as", "expand_as", "view_as", "reshape_as"}
-
-_ASSERT = torch._assert  # noqa: SLF001 - what traced code calls
 
 
 def seen_through(frame: Frame, node: fx.Node) -> fx.Node:
@@ -51,7 +49,7 @@ def between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     """Nodes that depend on the values of `skip` and that `ends` are or depend on, in graph order."""
     after = dependents(skip)
     inside = after & (ancestors(ends) | set(ends))
-    inside |= {n for n in after if n.target is _ASSERT and inside.intersection(n.all_input_nodes)}
+    inside |= {n for n in after if n.target is traced_assert and inside.intersection(n.all_input_nodes)}
     return tuple(n for n in skip.graph.nodes if n in inside)
 
 
@@ -70,7 +68,9 @@ def _reads_values(user: fx.Node, source: fx.Node) -> bool:
     name = getattr(user.target, "__name__", str(user.target))
     if name in _LIKE or (name in _AS and user.args[0] is not source):
         return False
-    return user.target is _ASSERT or any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
+    return user.target is traced_assert or any(
+        isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value"))
+    )
 
 
 def rearranges(node: fx.Node) -> bool:

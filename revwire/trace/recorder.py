@@ -9,35 +9,24 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import threading
 import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
-from revwire._torch import CheckpointFrame, FakeTensorMode, quiet_fake_tensors
-from revwire.find.residual import joined_arguments
+from revwire._torch import FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
-from revwire.trace.frame import (
-    Frame,
-    Identity,
-    Inlined,
-    TraceFailure,
-    constant_for,
-    identity,
-    is_input,
-    may_inline,
-    names_in,
-    original_forward,
-    settings_of,
-)
+from revwire.trace.frame import Frame, Identity, TraceFailure, identity, original_forward
 from revwire.trace.graph import ancestors, drop_unused, seen_through
+from revwire.trace.guards import Inlined, constant_for, is_input, may_inline, names_in, settings_of
+from revwire.trace.patches import FunctionsRecorded, patched_functions, patched_modules
+from revwire.trace.proxy import ValueProxy, answering_isinstance
 from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
-from revwire.trace.tracer import FrameTracer, ValueProxy, answering_isinstance
+from revwire.trace.sums import joined_arguments
+from revwire.trace.tracer import FrameTracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -86,10 +75,10 @@ class Recorder:
             stack.enter_context(torch.enable_grad())
             if self.fake is not None:
                 stack.enter_context(self.fake)
-            stack.enter_context(_patched_modules(self))
-            stack.enter_context(_patched_functions(self))
+            stack.enter_context(patched_modules(self))
+            stack.enter_context(patched_functions(self))
             stack.enter_context(answering_isinstance())
-            stack.enter_context(_Functions(self))
+            stack.enter_context(FunctionsRecorded(self))
             yield
 
     def _stand_in_fakes(self) -> None:
@@ -181,7 +170,7 @@ class Recorder:
     ) -> Any:
         """Run a child's code as part of the frame being traced."""
         training = module.training if "training" in names_in(type(module)) else None
-        tracer.frame.inlined[path] = Inlined(path, type(module), training, settings_of(module))
+        tracer.guards.inlined[path] = Inlined(path, type(module), training, settings_of(module))
         attributes = Attributes(module)
         output = original_forward(module)(*args, **kwargs)
         if changed := attributes.changed():
@@ -225,8 +214,8 @@ class Recorder:
         """
         module = frame.module
         tracer = FrameTracer(self, frame)
-        leaves, frame.spec = tree_flatten((args, kwargs))
-        frame.constants = tuple(map(constant_for, leaves))
+        leaves, frame.guards.spec = tree_flatten((args, kwargs))
+        frame.guards.constants = tuple(map(constant_for, leaves))
         frame.arguments = _argument_names(module, args, kwargs)
         frame.guards.settings = settings_of(module)
         frame.guards.training = module.training if "training" in names_in(type(module)) else None
@@ -234,7 +223,7 @@ class Recorder:
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)
         ]
-        args, kwargs = tree_unflatten(inputs, frame.spec)
+        args, kwargs = tree_unflatten(inputs, frame.guards.spec)
         given = tree_flatten((args, kwargs))
         attributes = Attributes(module)
         tracer.expected_random = python_random()
@@ -253,14 +242,15 @@ class Recorder:
             attributes.put_back()
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
         _check_random(tracer)
+        frame.guards.seal(leaves)
         output = tracer.fresh(output)
-        leaves, spec = tree_flatten(output)
+        returned, spec = tree_flatten(output)
         if all(type(leaf) is ValueProxy for leaf in (output if type(output) is tuple else (output,))):
             tracer.graph.output(tracer.create_arg(output))
         else:
             # dicts, dataclasses and classes of outputs are made again outside of the graph
             frame.output = spec
-            tracer.graph.output(tracer.create_arg(tuple(leaves)))
+            tracer.graph.output(tracer.create_arg(tuple(returned)))
         drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
@@ -282,81 +272,6 @@ def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
     sources = ancestors(n for n in others if n is not None) | set(others)
     # both may be the caller's own arguments: then it is for the frame above to say
     return skip in sources or skip.op == "placeholder"
-
-
-class _Functions(TorchFunctionMode):
-    """Sends every torch function to the frame being traced, factory functions without tensors included."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tracer = self.recorder.tracing
-        if tracer is None:
-            return self.recorder.compute(func, args, kwargs)
-        name = getattr(func, "__name__", "")
-        kind, target = (
-            ("call_method", name) if getattr(Tensor, name, None) is func else ("call_function", func)
-        )
-        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
-            return tracer.create_proxy(kind, target, args, kwargs)
-        value = self.recorder.compute(func, args, kwargs)
-        made = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
-        return tracer.record(kind, target, args, kwargs, value) if made else value
-
-
-@contextmanager
-def _patched_modules(recorder: Recorder) -> Iterator[None]:
-    """Module calls and reads of parameters go through `recorder`."""
-    call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, threading.get_ident()
-
-    def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return call(module, *args, **kwargs)
-        return recorder.call(module, args, kwargs)
-
-    def patched_getattr(module: nn.Module, key: str) -> Any:
-        value = getattribute(module, key)
-        if recorder.tracing is not None and isinstance(value, Tensor) and threading.get_ident() == thread:
-            return recorder.tracing.parameter(module, key, value)
-        return value
-
-    nn.Module.__call__, nn.Module.__getattr__ = patched_call, patched_getattr  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign]
-
-
-@contextmanager
-def _patched_functions(recorder: Recorder) -> Iterator[None]:
-    """What a frame's own code must not call: it cannot be recorded, and hands proxies to C++ code."""
-    apply, start = torch.autograd.Function.__dict__["apply"], CheckpointFrame.__init__
-
-    def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.tracing is not None:
-            # a custom autograd.Function would dissolve into its forward
-            raise TraceFailure(
-                f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
-            )
-        return apply.__get__(None, cls)(*args, **kwargs)
-
-    def patched_start(*args: Any, **kwargs: Any) -> None:
-        if recorder.tracing is not None:
-            raise TraceFailure(
-                "calls torch.utils.checkpoint itself; a rewired chain does without, so turn it off"
-            )
-        start(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(patched)
-    CheckpointFrame.__init__ = patched_start  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply
-        CheckpointFrame.__init__ = start  # type: ignore[method-assign]
 
 
 def _check_random(tracer: FrameTracer) -> None:

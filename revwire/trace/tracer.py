@@ -5,17 +5,14 @@ on proxies that carry example values (fake tensors: shapes and dtypes, no data),
 shape or on a Python number, tuples from children and factory functions all trace as they run. What such a branch
 looked at becomes a guard (`Guards`): the graph holds for calls that agree on it, any other call is traced again.
 
-Here are the proxies and the graph they build; `revwire.trace.frame` has what becomes of it, `revwire.trace.recorder`
-runs the code.
+Here the graph is built; `revwire.trace.proxy` has the values that the code runs on, `revwire.trace.frame` what becomes
+of it, and `revwire.trace.recorder` runs the code.
 """
 
 from __future__ import annotations
 
-import builtins
-import operator
 import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,174 +20,32 @@ from torch.fx.proxy import TracerBase
 
 from revwire.pytree import is_object, tree_leaves, tree_map
 from revwire.trace.frame import Frame, TraceFailure, storage
+from revwire.trace.proxy import ValueProxy, updated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from types import FrameType
 
-    from revwire.trace.recorder import Recorder
 
-_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
-_CONCRETE = {
-    "dtype": "dtype",
-    "device": "device",
-    "layout": "dtype",
-    "ndim": "shape",
-    "is_cuda": "device",
-    "is_cpu": "device",
-    "is_mps": "device",
-    "is_sparse": "dtype",
-    "is_nested": "dtype",
-}
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-class ValueProxy(fx.Proxy):
-    """A proxy that knows its example value, so Python code can look at it and go on.
-
-    `isinstance` answers for the value where Python code asks (`answering_isinstance`). torch's C++ code, which asks
-    too, is told the truth: it would take a proxy that claims to be a tensor for one, and crash.
-    """
-
-    tracer: FrameTracer
-
-    def __init__(self, node: fx.Node, tracer: FrameTracer) -> None:
-        super().__init__(node, tracer)
+class Computes(Protocol):
+    """Who runs the code that is traced, and computes example values for it."""
 
     @property
-    def value(self) -> Any:
-        """The example value this proxy stands for."""
-        return self.node.meta["value"]
+    def order(self) -> Iterator[int]:
+        """Numbers that grow with each operation that runs."""
 
-    def __getattr__(self, name: str) -> Any:
-        if isinstance(self.value, Tensor):
-            if name in _CONCRETE:
-                self.tracer.guards.properties.add(_CONCRETE[name])
-                return getattr(self.value, name)
-            if name in {"requires_grad", "grad_fn", "is_leaf", "grad", "data"}:
-                raise TraceFailure(f"reads .{name} of a tensor")
-        if not hasattr(self.value, name):
-            raise AttributeError(name)
-        if self.of_object and isinstance(value := getattr(self.value, name), _PLAIN):
-            return self._pinned(name, value)
-        if callable(getattr(self.value, name)):
-            return lambda *args, **kwargs: self.tracer.create_proxy(
-                "call_method", name, (self, *args), kwargs
-            )
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+    def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`function` on example values."""
 
-    @property
-    def of_object(self) -> bool:
-        """Whether the value is an object with a state, or came out of one."""
-        return bool(self.node.meta["of_object"])
-
-    def _pinned(self, name: str, value: Any) -> Any:
-        """A plain attribute of an object: a constant of the graph, which holds for calls that agree on it."""
-        names: tuple[str, ...] = (name,)
-        node = self.node
-        while node.op == "call_function" and node.target is getattr:
-            names, node = (str(node.args[1]), *names), node.all_input_nodes[0]
-        if node.op != "placeholder":
-            raise TraceFailure(f"reads {name!r} of what an object returned")
-        self.tracer.guards.attributes[str(node.target), names] = value
-        return value
-
-    def _concrete(self) -> Any:
-        if isinstance(self.value, Tensor):
-            raise TraceFailure("decides by the numbers in a tensor")
-        if self.of_object:
-            raise TraceFailure(f"decides by what an object returned ({self.node.name})")
-        self.tracer.guards.properties.add("shape")
-        return self.value
-
-    def __bool__(self) -> bool:
-        return bool(self._concrete())
-
-    def __int__(self) -> int:
-        return int(self._concrete())
-
-    def __float__(self) -> float:
-        return float(self._concrete())
-
-    def __index__(self) -> int:
-        return operator.index(self._concrete())
-
-    def __hash__(self) -> int:
-        return id(self) if isinstance(self.value, Tensor) else hash(self._concrete())
-
-    def __len__(self) -> int:
-        if self.of_object and not isinstance(self.value, tuple):
-            raise TraceFailure(f"decides by what an object returned ({self.node.name})")
-        if isinstance(self.value, Tensor):
-            self.tracer.guards.properties.add("shape")
-        return len(self.value)
-
-    def __iter__(self) -> Iterator[Any]:
-        if isinstance(self.value, dict):
-            return iter(self.value)
-        return (self[i] for i in range(len(self)))  # type: ignore[index]
-
-    def __contains__(self, item: object) -> bool:
-        if isinstance(self.value, Tensor):
-            raise TraceFailure("decides by the numbers in a tensor")
-        return item in (self.value if isinstance(self.value, dict) else self._concrete())
-
-    def keys(self) -> Any:
-        """Keys of a proxied dict, so that `**proxy` works."""
-        return self.value.keys()
-
-    def __setitem__(self, key: Any, item: Any) -> None:
-        self.tracer.create_proxy("call_function", set_item, (self, key, item), {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ValueProxy:
-        return self
-
-
-@contextmanager
-def answering_isinstance() -> Iterator[None]:
-    """For the length of the block, `isinstance(proxy, kinds)` holds where it holds for the proxy's value."""
-    original = builtins.isinstance
-
-    def answer(thing: Any, kinds: Any) -> bool:
-        if type(thing) is ValueProxy and original(thing.value, kinds):
-            return True
-        return original(thing, kinds)
-
-    builtins.isinstance = answer
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
-
-
-def _inplace_operator(name: str) -> Callable[[ValueProxy, Any], Any]:
-    def method(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return method
-
-
-for _name in _INPLACE:
-    setattr(ValueProxy, f"__{_name}__", _inplace_operator(_name))
-
-
-def set_item(target: Any, key: Any, item: Any) -> Any:
-    """`target[key] = item` as a function of what it changes: in a graph, what comes after depends on it."""
-    target[key] = item
-    return target
-
-
-def updated(tensor: Tensor, *_changes: Any) -> Tensor:
-    """`tensor` after it was changed in place through other names (its views), which `_changes` did."""
-    return tensor
+    def unobserved(self) -> AbstractContextManager[None]:
+        """What the block runs is no part of the frame being traced."""
 
 
 class FrameTracer(TracerBase):
     """Builds one frame's graph while the frame's code runs on `ValueProxy` arguments."""
 
-    def __init__(self, recorder: Recorder, frame: Frame) -> None:
+    def __init__(self, recorder: Computes, frame: Frame) -> None:
         super().__init__()
         self.recorder = recorder
         self.frame = frame

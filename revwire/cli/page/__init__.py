@@ -14,12 +14,12 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from revwire.cli.page.wiring import wiring
-from revwire.measure.estimate import in_words
+from revwire.printing import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from revwire.measure.estimate import Estimate, Estimates
+    from revwire.measure.estimates import Estimate, Estimates
     from revwire.planning.plan import Plan
 
 _PARTS = {

@@ -1,7 +1,7 @@
-"""A run of operations on one value whose leading dimensions do not know of each other, done a part of them at a time.
+"""A run of operations on one value whose leading dimensions do not know of each other, done a slice of them at a time.
 
-Forward holds what one part makes, and keeps the operands alone; backward runs each part again, with grad, and takes its
-gradients before the next. So does the second run of a branch, which this may stand in.
+Forward holds what one slice makes, and keeps the operands alone; backward runs each slice again, with grad, and takes
+its gradients before the next. So does the second run of a branch, which this may stand in.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revwire.run.conditions import Conditions, no_weight_cache, observe
+from revwire.run.ambient import no_weight_cache
+from revwire.run.conditions import Conditions, observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-Part = tuple[int, int]
-"""Where it begins and ends, in the leading dimensions counted as one."""
+Span = tuple[int, int]
+"""Where a slice begins and ends, in the leading dimensions counted as one."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,17 @@ class Operation:
     lead: tuple[int, ...]
 
 
-class Recipe:
-    """Operations one after the other, and the parts they are done in.
+class SlicedOperations:
+    """Operations one after the other, and the slices they are done in.
 
     Args:
         name: What messages call them.
         operations: The first of them reads operands alone, the others the value too.
-        parts: See `parts_of`.
+        spans: See `spans_of`.
     """
 
-    def __init__(self, name: str, operations: Sequence[Operation], parts: Sequence[Part]) -> None:
-        self.name, self.operations, self.parts = name, operations, parts
+    def __init__(self, name: str, operations: Sequence[Operation], spans: Sequence[Span]) -> None:
+        self.name, self.operations, self.spans = name, operations, spans
         self._leads = {
             a.index: operation.lead
             for operation in operations
@@ -70,25 +71,25 @@ class Recipe:
         }
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
-        """What the operations make of these operands, in parts where grad is needed."""
+        """What the operations make of these operands, in slices where grad is needed."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-            apply: Any = _Parts.apply
+            apply: Any = _Sliced.apply
             made: Tensor = apply(self, *operands)
             return made
         return self.forward(operands)[0]
 
     def forward(self, operands: Sequence[Tensor]) -> tuple[Tensor, list[Conditions]]:
-        """The result, and what each part ran under."""
+        """The result, and what each slice ran under."""
         out: Tensor | None = None
         ran: list[Conditions] = []
-        for part in self.parts:
+        for span in self.spans:
             with observe((), (), operands[0].device) as conditions:
-                value = self._run(self._blocks(operands, part), part)
+                value = self._run(self._blocks(operands, span), span)
             ran.append(conditions)
             lead = self.operations[-1].lead
             if out is None:
                 out = value.new_empty((*lead, *value.shape[-2:]))
-            _block(out, lead, part).copy_(value)
+            _block(out, lead, span).copy_(value)
             del value
         assert out is not None
         return out, ran
@@ -101,17 +102,17 @@ class Recipe:
             self._room(i, t) if needed else None
             for i, (t, needed) in enumerate(zip(operands, wanted, strict=True))
         ]
-        for part, conditions in zip(self.parts, ran, strict=True):
-            blocks = [b.detach() for b in self._blocks(operands, part)]
+        for span, conditions in zip(self.spans, ran, strict=True):
+            blocks = [b.detach() for b in self._blocks(operands, span)]
             inputs = [b.requires_grad_() for b, needed in zip(blocks, wanted, strict=True) if needed]
             with conditions.restored(self.name), no_weight_cache(), torch.enable_grad():
-                out = self._run(blocks, part)
-            cotangent = _block(grad, self.operations[-1].lead, part)
+                out = self._run(blocks, span)
+            cotangent = _block(grad, self.operations[-1].lead, span)
             found = iter(torch.autograd.grad(out, inputs, cotangent, allow_unused=True))
             del out, blocks, inputs
             for i, room in enumerate(made):
                 if room is not None and (gradient := next(found)) is not None:
-                    _block(room, self._leads[i], part).add_(gradient)
+                    _block(room, self._leads[i], span).add_(gradient)
         return [None if room is None else room.to(t.dtype) for room, t in zip(made, operands, strict=True)]
 
     def gradients_with_graph(
@@ -122,10 +123,10 @@ class Recipe:
         own = [t.view_as(t) if needed else t for t, needed in zip(operands, wanted, strict=True)]
         inputs = [t for t, needed in zip(own, wanted, strict=True) if needed]
         totals: list[Tensor | None] = [None] * len(inputs)
-        for part, conditions in zip(self.parts, ran, strict=True):
+        for span, conditions in zip(self.spans, ran, strict=True):
             with conditions.restored(self.name), no_weight_cache():
-                out = self._run(self._blocks(own, part), part)
-            cotangent = _block(grad, self.operations[-1].lead, part)
+                out = self._run(self._blocks(own, span), span)
+            cotangent = _block(grad, self.operations[-1].lead, span)
             found = torch.autograd.grad(out, inputs, cotangent, create_graph=True, allow_unused=True)
             totals = [
                 b if a is None else a if b is None else a + b for a, b in zip(totals, found, strict=True)
@@ -133,11 +134,11 @@ class Recipe:
         remaining = iter(totals)
         return [next(remaining) if needed else None for needed in wanted]
 
-    def _run(self, blocks: Sequence[Tensor], part: Part) -> Tensor:
+    def _run(self, blocks: Sequence[Tensor], span: Span) -> Tensor:
         value: Any = None
         for operation in self.operations:
             if operation.function is None:
-                lengths = (length for _, length in _ranges(operation.lead, part))
+                lengths = (length for _, length in _ranges(operation.lead, span))
                 value = value.reshape(*lengths, *value.shape[-2:])
                 continue
             args = (
@@ -148,19 +149,19 @@ class Recipe:
         assert isinstance(value, Tensor)
         return value
 
-    def _blocks(self, operands: Sequence[Tensor], part: Part) -> list[Tensor]:
-        return [_block(t, self._leads[i], part) for i, t in enumerate(operands)]
+    def _blocks(self, operands: Sequence[Tensor], span: Span) -> list[Tensor]:
+        return [_block(t, self._leads[i], span) for i, t in enumerate(operands)]
 
     def _room(self, index: int, operand: Tensor) -> Tensor:
-        """Room for an operand's gradient; where every part adds to it, sums are at least float32."""
+        """Room for an operand's gradient; where every slice adds to it, sums are at least float32."""
         whole = operand.shape[:-2] == self._leads[index]
         dtype = operand.dtype if whole else torch.promote_types(operand.dtype, torch.float32)
         return torch.zeros_like(operand, dtype=dtype)
 
 
-class _Parts(torch.autograd.Function):
+class _Sliced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, recipe: SlicedOperations, *operands: Tensor) -> Tensor:
         out, ctx.ran = recipe.forward(operands)
         ctx.recipe = recipe
         ctx.save_for_backward(*operands)
@@ -168,16 +169,16 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        recipe: Recipe = ctx.recipe
+        recipe: SlicedOperations = ctx.recipe
         (grad,) = grads
         gradients = recipe.gradients_with_graph if torch.is_grad_enabled() else recipe.gradients
         return None, *gradients(ctx.saved_tensors, ctx.needs_input_grad[1:], grad, ctx.ran)
 
 
-def parts_of(leads: Sequence[tuple[int, ...]], count: int) -> list[Part] | None:
-    """At least `count` parts, or as many as there are indices; None where no parts fit.
+def spans_of(leads: Sequence[tuple[int, ...]], count: int) -> list[Span] | None:
+    """At least `count` slices, or as many as there are indices; None where none fit.
 
-    Each part is a block, a range of every dimension, in all of these ways to write the leading dimensions.
+    Each slice is a block, a range of every dimension, in all of these ways to write the leading dimensions.
     """
     total = math.prod(leads[0])
     marks = sorted({1, *(mark for lead in leads for mark in _strides(lead))})
@@ -200,20 +201,20 @@ def _strides(lead: tuple[int, ...]) -> list[int]:
     return [math.prod(lead[i:]) for i in range(len(lead) + 1)]
 
 
-def _ranges(lead: tuple[int, ...], part: Part) -> list[tuple[int, int]]:
-    """A part as a range of each leading dimension: where it begins, and how long it is."""
-    begin, end = part
+def _ranges(lead: tuple[int, ...], span: Span) -> list[tuple[int, int]]:
+    """A slice as a range of each leading dimension: where it begins, and how long it is."""
+    begin, end = span
     return [
         (begin // stride % size, min(size, max(1, (end - begin) // stride)))
         for size, stride in zip(lead, _strides(lead)[1:], strict=True)
     ]
 
 
-def _block(tensor: Tensor, lead: tuple[int, ...], part: Part) -> Tensor:
-    """The part of a tensor whose dimensions before the last two are broadcast to `lead`."""
+def _block(tensor: Tensor, lead: tuple[int, ...], span: Span) -> Tensor:
+    """The slice of a tensor whose dimensions before the last two are broadcast to `lead`."""
     own = tensor.ndim - 2
     for dim in range(own):
-        begin, length = _ranges(lead, part)[len(lead) - own + dim]
+        begin, length = _ranges(lead, span)[len(lead) - own + dim]
         if tensor.shape[dim] == lead[len(lead) - own + dim] != length:
             tensor = tensor.narrow(dim, begin, length)
     return tensor

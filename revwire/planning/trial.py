@@ -1,0 +1,219 @@
+"""A branch tried on noise: whether slices of it come out as they do in the whole."""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire.errors import ReplayError
+from revwire.find.branch_code import step_code
+from revwire.run.attention import SlicedAttention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from revwire.find.residual import Residual
+
+
+DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
+
+
+_NO_ATTENTION = "it writes out no softmax attention that could run in slices"
+
+
+_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)
+
+
+"""What a branch raises that insists on the size it was written for."""
+
+
+_LARGE = 2**21
+
+
+_POSITIONS = 16
+
+
+_ATTENTION_SLICES = 3
+
+
+_SAMPLES = 3
+
+
+"""As many are tried at most: one alone, and the rest."""
+
+
+_TOLERANCE = 3e-5
+
+
+"""Relative to the largest value, in float32: kernels of another size add up in another order."""
+
+
+class Trial:
+    """A branch on noise."""
+
+    def __init__(self, residual: Residual) -> None:
+        self._code = step_code(residual)
+        self._module = _with_weights(copy.deepcopy(residual.frame.module)).float().eval()
+        # a layer scale of zero would agree with anything
+        make_branches_count(self._module)
+        self._device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
+        self._sides = [n.meta["value"] for n in residual.sides]
+        self.shape = tuple(residual.skip.meta["value"].shape)
+
+    def ways(self, dim: int) -> list[tuple[bool, ...]]:
+        """Which side inputs may be cut with the trunk: none of them, or all that have as many samples."""
+        length = self.shape[dim]
+        whole = tuple(False for _ in self._sides)
+        along = tuple(
+            isinstance(s, Tensor) and s.ndim > 0 and len(s) == length > 1 and dim == 0 for s in self._sides
+        )
+        return list(dict.fromkeys((whole, along)))
+
+    def agrees(self, dim: int, cut: tuple[bool, ...]) -> bool:
+        """Whether slices along a dimension, of these side inputs too, come out as they do in the whole."""
+        if dim and self.shape[dim] == 1:
+            return False
+        samples = min(self.shape[0], _SAMPLES)
+        if dim == 0:
+            samples = max(samples, 2)  # one sample says nothing of how several are treated
+        # windows of a long video take minutes at their own size: a few positions refute them in seconds
+        for small in self._small(samples):
+            found = self._agrees_at(small, dim, cut)
+            if found is False:
+                return False
+            if found and dim == 0:
+                return True  # whether samples mix is no matter of how many positions they have
+            if found:
+                break
+        return bool(self._agrees_at((samples, *self.shape[1:]), dim, cut))
+
+    def _small(self, samples: int) -> Iterator[tuple[int, ...]]:
+        """Shapes with fewer positions; one of the dimensions holds channels, whose number is fixed."""
+        if math.prod(self.shape[1:]) < _LARGE:
+            return
+        for channels in (len(self.shape) - 1, 1):
+            rest = (n if i == channels else min(n, _POSITIONS) for i, n in enumerate(self.shape))
+            yield (samples, *list(rest)[1:])
+
+    def _agrees_at(self, shape: tuple[int, ...], dim: int, cut: tuple[bool, ...]) -> bool | None:
+        """The same for one shape of the trunk; None where the branch does not run on that."""
+        x, sides = self._inputs(shape)
+        sides = [s[: len(x)] if c else s for s, c in zip(sides, cut, strict=True)]
+        try:
+            with torch.no_grad():
+                wanted = self._run(x, sides)
+                if wanted.shape != x.shape:
+                    return False
+        except _REFUSALS:
+            return None
+        try:
+            with torch.no_grad():
+                # uneven on purpose: windows that happen to fit into halves would pass for independent
+                return all(
+                    self._alike(wanted.narrow(dim, *span), x.narrow(dim, *span), sides, cut, span)
+                    for span in ((0, 1), (1, x.shape[dim] - 1))
+                )
+        except _REFUSALS:
+            return False
+
+    def _alike(
+        self, wanted: Tensor, x: Tensor, sides: list[Any], cut: tuple[bool, ...], span: tuple[int, int]
+    ) -> bool:
+        own = [s.narrow(0, *span) if c else s for s, c in zip(sides, cut, strict=True)]
+        found = self._run(x, own)
+        if found.shape != wanted.shape:
+            return False
+        return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+
+    def refuses_attention(self) -> str | None:
+        """Why attention cannot run in slices, None if that comes out as in the whole."""
+        # one sample with one head would have no slices
+        for shape in (*self._small(2), (2, *self.shape[1:]), self.shape):
+            if (found := self._sliced_at(shape)) is not None:
+                return found or None
+        return DIFFERS
+
+    def _sliced_at(self, shape: tuple[int, ...]) -> str | None:
+        """The reason, for one shape of the trunk: "" if there is none, None where the branch does not run on that."""
+        x, sides = self._inputs(shape)
+        mode = SlicedAttention(_ATTENTION_SLICES, "its attention", always=True)
+        try:
+            wanted = self._gradients(x, sides, nullcontext())
+        except _REFUSALS:
+            return None
+        try:
+            found = self._gradients(x, sides, mode)
+        except (ReplayError, *_REFUSALS) as error:
+            return f"its attention cannot run in slices: {error}"
+        if not mode.run or mode.reused:
+            return "its attention weights are used twice" if mode.run else _NO_ATTENTION
+        out, *others = ((a - b).abs().max() for a, b in zip(wanted, found, strict=True))
+        largest = max(g.abs().max() for g in wanted[1:])
+        agree = out <= _TOLERANCE * wanted[0].abs().max() and all(d <= _TOLERANCE * largest for d in others)
+        return "" if agree else "its attention comes out differently in slices"
+
+    def _gradients(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any]) -> list[Tensor]:
+        """The output of a run within a context, and the gradients of trunk, side inputs and parameters."""
+        inputs = [
+            t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t
+            for t in (x, *sides)
+        ]
+        with torch.enable_grad():
+            with within:
+                out = self._run(inputs[0], inputs[1:])
+            leaves = [
+                t for t in (*inputs, *self._module.parameters()) if isinstance(t, Tensor) and t.requires_grad
+            ]
+            cotangent = torch.sin(torch.arange(out.numel(), device=out.device)).view(out.shape)
+            found = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        return [out.detach(), *(g for g in found if g is not None)]
+
+    def _inputs(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator).to(self._device)
+        return x, [_noise(side, generator, self._device) for side in self._sides]
+
+    def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
+        if self._code.post is None:
+            # the slices of a sum come out alike where those of what is added do, and what is added tells it better
+            out: Tensor = self._code.branch(self._module, x, *sides)[0]
+            return out
+        return self._code.block(self._module, x, *sides)[0]
+
+
+def _with_weights(module: nn.Module) -> nn.Module:
+    """A module on the meta device with noise for weights on the CPU; any other as it is."""
+    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return module
+    module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for buffer in module.buffers():
+            buffer.zero_()
+    return module
+
+
+def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(device)
+    if value.dtype == torch.bool:
+        return torch.ones(value.shape, dtype=torch.bool, device=device)
+    return torch.zeros(value.shape, dtype=value.dtype, device=device)
+
+
+def make_branches_count(model: nn.Module) -> None:
+    """Noise for parameters next to zero (BatchNorm gamma, layer scale): a branch of zero agrees with anything."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.2 * noise)

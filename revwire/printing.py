@@ -1,0 +1,51 @@
+"""One way to print: tables as text, and sizes as a person writes them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from revwire.errors import RevwireError
+
+
+class Printed:
+    """A result that prints as rich tables, also where no rich console asks (`print`, a log, a notebook)."""
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """What rich prints."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=_WIDTH, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
+
+
+_WIDTH = 110
+
+
+def in_words(size: float) -> str:
+    """A number of bytes as a person writes it: `1.50 GiB`, `37.2 MiB`."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def size_of(text: str | int) -> int:
+    """A number of bytes from `"24GiB"`, `"24G"`, `"800 MiB"` or a number.
+
+    Raises:
+        RevwireError: it is none.
+    """
+    if isinstance(text, int):
+        return text
+    matched = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if matched is None:
+        raise RevwireError(f"{text!r} is no size; write 24GiB, 800MiB or a number of bytes")
+    return int(float(matched[1]) * _UNITS[matched[2]])

@@ -1,0 +1,108 @@
+"""What is put in the place of torch's own functions while a model is recorded, and taken away afterwards."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from revwire._torch import CheckpointFrame
+from revwire.pytree import tree_leaves
+from revwire.trace.frame import TraceFailure
+from revwire.trace.proxy import ValueProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from revwire.trace.tracer import FrameTracer
+
+
+class Records(Protocol):
+    """Who takes down what a model runs."""
+
+    tracing: FrameTracer | None
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `nn.Module.__call__` becomes."""
+
+    def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`function` on example values."""
+
+
+class FunctionsRecorded(TorchFunctionMode):
+    """Sends every torch function to the frame being traced, factory functions without tensors included."""
+
+    def __init__(self, recorder: Records) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.recorder.tracing
+        if tracer is None:
+            return self.recorder.compute(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        kind, target = (
+            ("call_method", name) if getattr(Tensor, name, None) is func else ("call_function", func)
+        )
+        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy(kind, target, args, kwargs)
+        value = self.recorder.compute(func, args, kwargs)
+        made = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        return tracer.record(kind, target, args, kwargs, value) if made else value
+
+
+@contextmanager
+def patched_modules(recorder: Records) -> Iterator[None]:
+    """Module calls and reads of parameters go through `recorder`."""
+    call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, threading.get_ident()
+
+    def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return call(module, *args, **kwargs)
+        return recorder.call(module, args, kwargs)
+
+    def patched_getattr(module: nn.Module, key: str) -> Any:
+        value = getattribute(module, key)
+        if recorder.tracing is not None and isinstance(value, Tensor) and threading.get_ident() == thread:
+            return recorder.tracing.parameter(module, key, value)
+        return value
+
+    nn.Module.__call__, nn.Module.__getattr__ = patched_call, patched_getattr  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign]
+
+
+@contextmanager
+def patched_functions(recorder: Records) -> Iterator[None]:
+    """What a frame's own code must not call: it cannot be recorded, and hands proxies to C++ code."""
+    apply, start = torch.autograd.Function.__dict__["apply"], CheckpointFrame.__init__
+
+    def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.tracing is not None:
+            # a custom autograd.Function would dissolve into its forward
+            raise TraceFailure(
+                f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
+            )
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def patched_start(*args: Any, **kwargs: Any) -> None:
+        if recorder.tracing is not None:
+            raise TraceFailure(
+                "calls torch.utils.checkpoint itself; a rewired chain does without, so turn it off"
+            )
+        start(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(patched)
+    CheckpointFrame.__init__ = patched_start  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+        CheckpointFrame.__init__ = start  # type: ignore[method-assign]
