@@ -106,9 +106,9 @@ def rewire(
             the dials that it was made with.
         compile: Have torch.compile run the branches: one compilation for all blocks that are alike. The first steps
             take as long as compiling does; kernels are fused, so numbers differ by rounding.
-        overlap: On a GPU, run a step's branch again on a stream of its own while the gradients of the step after it are
-            computed; it takes the insides of one more branch. The same numbers. Branches in slices and exact chains
-            run one after the other all the same, and so does everything on a CPU.
+        overlap: Experimental, and says so: on a GPU, run a step's branch again on a stream of its own while the
+            gradients of the step after it are computed; it takes the insides of one more branch. The same numbers.
+            Branches in slices and exact chains run one after the other all the same, and so does everything on a CPU.
 
     Returns:
         The same model.
@@ -117,6 +117,7 @@ def rewire(
         RewireError: no chain was found, the model is rewired already, `plan` does not fit, or nothing fits `budget`;
             the model is as it was.
     """
+    # long: the one place where each argument of the one call is told
     model, chosen = rewired(
         model,
         example_inputs,

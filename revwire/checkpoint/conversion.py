@@ -166,6 +166,7 @@ def convert(
         CheckpointError: The file cannot be read, does not fit its architecture, or `out` cannot be written.
         RewireError: The model has nothing to rewire.
     """
+    # long: the steps of a conversion in the order they happen, each said before it is done
     say = progress or (lambda _: None)
     if is_hub(path):
         say(f"fetching {path}")

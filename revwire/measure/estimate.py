@@ -8,7 +8,7 @@ cannot see, scratch memory inside one kernel and an allocator's fragmentation, i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from revwire.errors import RevwireError
 from revwire.measure.estimates import Estimate, Estimates
 from revwire.measure.fake_step import Optimization, Optimizer, TrainingStep
 from revwire.measure.meter import trainable
+from revwire.measure.rewired import split_dials
 from revwire.measure.strategies import STRATEGIES, treated
-from revwire.planning.dials import Dials
 from revwire.printing import size_of
 from revwire.rewrite.recording import Recording
 from revwire.rewrite.wired import is_wired
@@ -69,6 +69,7 @@ def estimate(
     Raises:
         RevwireError: the model is rewired already, does not run on the inputs, or a name or size makes no sense.
     """
+    # long: each argument is told
     if any(map(is_wired, model.modules())):
         raise RevwireError(f"{type(model).__name__} is rewired already; estimate the model as it was built")
     say = progress or (lambda _: None)
@@ -125,18 +126,15 @@ class _Shared:
         return treated(*self._step.on_meta(self._model), strategy)
 
     def _rewired(self, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
-        turned = {f.name for f in fields(Dials)} & options.keys()
-        others = {
-            name: value for name, value in options.items() if name not in {*turned, "compile", "overlap"}
-        }
-        key = repr(sorted(others.items()))
+        dials, choice = split_dials(options)
+        overlap = choice.pop("overlap", False)
+        choice.pop("compile", None)  # fake tensors run branches as they are
+        key = repr(sorted(choice.items()))
         if key not in self._recordings:
             model_on_meta, inputs = self._step.on_meta(self._model)
-            self._recordings[key] = Recording.of(model_on_meta, inputs, **others)
+            self._recordings[key] = Recording.of(model_on_meta, inputs, **choice)
         recording = self._recordings[key]
-        dials = Dials(**{name: options[name] for name in turned})
-        chosen = dials.turned(recording.fresh, recording.found)
-        return recording.rewire(model, chosen, overlap=options.get("overlap", False))
+        return recording.rewire(model, dials.turned(recording.fresh, recording.found), overlap=overlap)
 
 
 def _row(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RewireError
 from revwire.measure.budget import dials_within
-from revwire.planning.dials import Dials, Globs, Transitions
+from revwire.planning.dials import Dials
 from revwire.rewrite.recording import Recording, fitting
 
 if TYPE_CHECKING:
@@ -16,26 +17,17 @@ if TYPE_CHECKING:
 
     from revwire.measure.budget import Budget
     from revwire.planning.plan import Plan
-    from revwire.run.coupling import Coupling
-    from revwire.run.exact import Grid
 
 
 def rewired(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
-    include: Globs = None,
-    exclude: Globs = None,
-    chunks: int | Mapping[str, int] = 1,
-    keep: Globs | int = None,
-    anchor: Globs = None,
-    transitions: Transitions = "keep",
     budget: str | int | Budget | None = None,
     plan: Plan | None = None,
     compile: bool = False,  # noqa: A002 - as torch and Lightning name it
     overlap: bool = False,
+    **options: Any,
 ) -> tuple[nn.Module, Plan]:
     """Rewire a model in place; the arguments are those of `revwire.rewire`.
 
@@ -45,12 +37,12 @@ def rewired(
     Raises:
         RewireError: as `revwire.rewire`.
     """
-    dials = Dials(chunks, keep, anchor, transitions)
+    dials, choice = split_dials(options)
     if (plan is not None) + (budget is not None) + (dials != Dials()) > 1:
         raise RewireError(
             "chunks, keep, anchor and transitions are part of a plan, and chosen by a budget: pass one"
         )
-    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
+    recording = Recording.of(model, example_inputs, **choice)
     if budget is not None:
         dials = dials_within(model, example_inputs, budget, recording, overlap=overlap)
     if plan is None:
@@ -58,3 +50,10 @@ def rewired(
     else:
         chosen = fitting(plan, recording.fresh, recording.found)
     return recording.rewire(model, chosen, compiled=compile, overlap=overlap), chosen
+
+
+def split_dials(options: Mapping[str, Any]) -> tuple[Dials, dict[str, Any]]:
+    """The dials among the arguments of `revwire.rewire`, and what is left of them for `Recording.of`."""
+    names = {field.name for field in fields(Dials)}
+    dials = Dials(**{name: value for name, value in options.items() if name in names})
+    return dials, {name: value for name, value in options.items() if name not in names}
