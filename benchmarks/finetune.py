@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 
 import revwire
-from benchmarks import record, screen
+from benchmarks.shared import result_files, terminal
 from examples.digits import data
 from examples.digits import train as digits_vit
 
@@ -200,15 +200,16 @@ def plot(document: dict[str, Any], path: Path) -> None:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
     model: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; repeat; all.")] = None,
-    out: Annotated[Path, typer.Option(help="The JSON file; the picture goes beside it.")] = record.RESULTS
-    / "finetune.json",
+    out: Annotated[
+        Path, typer.Option(help="The JSON file; the picture goes beside it.")
+    ] = result_files.RESULTS / "finetune.json",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
 ) -> None:
     """Fine-tune rewired networks on digits, print the accuracies and write them down.
 
     Quick look: python -m benchmarks.finetune --seeds 1 --model vit --out /tmp/finetune.json
     """
-    console = screen.console()
+    console = terminal.console()
     torch.set_num_threads(1)
     digits = data.load()
     settings = {"epochs": EPOCHS, "pretraining_epochs": PRETRAINING_EPOCHS, "batch": BATCH}
@@ -233,7 +234,7 @@ def main(
                     status.update(f"{name}, seed {seed}: {way.name}")
                     found[way.name] = run_way(way, start, name, digits, seed)
             done[str(seed)] = found
-            document |= record.origin("benchmarks.finetune")
+            document |= result_files.origin("benchmarks.finetune")
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     plot(document, out.with_suffix(".png"))

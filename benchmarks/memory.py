@@ -4,7 +4,7 @@
 
 Held is what lives between forward and backward, peak the most that lives at once during both. The clock and
 the meter are separate runs, because the meter slows the step it watches. Where the figures come from, and
-what they do not count, is written into every result file (`report.METHOD`).
+what they do not count, is written into every result file (`step_report.METHOD`).
 
 For a model of your own: `print(table(run([Case("mine", factory, inputs)])))` with rich's print.
 """
@@ -24,10 +24,10 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import record, screen
-from benchmarks.report import METHOD, document, progress_bar, save, table
-from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES, chosen, worth_measuring
+from benchmarks.shared import result_files, terminal
+from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
+from benchmarks.shared.step_report import METHOD, document, progress_bar, save, table
+from benchmarks.shared.strategies import STRATEGIES, chosen, worth_measuring
 from revwire.errors import RevwireError
 from revwire.libraries.timm_models import create
 from revwire.measure.estimate import estimate
@@ -164,7 +164,7 @@ def main(
     ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
-    ] = record.RESULTS,
+    ] = result_files.RESULTS,
     name: Annotated[str | None, typer.Option(help="Their name; memory-DEVICE-AMP if not given.")] = None,
 ) -> None:
     """Measure bytes and seconds of one training step, print them and write them down.
@@ -175,7 +175,7 @@ def main(
 
     Only two ways: python -m benchmarks.memory -s checkpoint -s rewired -m resnet50@8
     """
-    console = screen.console()
+    console = terminal.console()
     ways = chosen(strategy or worth_measuring(device), amp.dtype)
     try:
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
@@ -189,7 +189,7 @@ def main(
         with console.status("estimating"):
             written["estimates"] = [e for case in cases for e in against_estimates(case, rows, amp.dtype)]
         console.print(table_of_estimates(written["estimates"]))
-    console.print(table(rows), record.in_one_line(written), METHOD, sep="\n")
+    console.print(table(rows), result_files.in_one_line(written), METHOD, sep="\n")
     stem = out / (name or f"memory-{torch.device(device).type}-{amp.value}")
     console.print("written:", *save(written, rows, stem))
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import revwire
-from benchmarks import record
+from benchmarks.shared import result_files
 from revwire.measure.step import LiveBytes
 from revwire.measure.strategies import treated
 
@@ -40,7 +40,7 @@ MODELS = {
 """timm's models, and the images in a step of one process."""
 WAYS = ("plain", "checkpoint", "rewired", "lean")
 PROCESSES = (1, 8, 16, 64)
-PATH = record.RESULTS / "sizing.json"
+PATH = result_files.RESULTS / "sizing.json"
 _CHECKED = {"depth": 12, "embed_dim": 384, "num_heads": 6, "img_size": 64, "num_classes": 100}
 
 
@@ -166,12 +166,12 @@ def main(
         found = check()
         if found:
             document = json.loads(PATH.read_text("utf-8"))
-            document["checked"] = {**record.origin("benchmarks.sizing"), "rows": found}
+            document["checked"] = {**result_files.origin("benchmarks.sizing"), "rows": found}
             _write(document)
             print(json.dumps(found, indent=1))
         return
     rows = [sized(name, batch, way) for name, batch in MODELS.items() for way in WAYS]
-    _write({**record.origin("benchmarks.sizing"), "rows": rows})
+    _write({**result_files.origin("benchmarks.sizing"), "rows": rows})
     print("\n".join(table(rows)))
 
 

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import revwire
-from benchmarks import record, screen
+from benchmarks.shared import result_files, terminal
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.distributed import World
 from examples.re2tal.logs import Log
@@ -196,14 +196,14 @@ def main(
     config: Annotated[str, typer.Option(help="The experiment.")] = "synthetic",
     few: Annotated[int, typer.Option(help="The few epochs.")] = 3,
     limit: Annotated[str, typer.Option(help="Memory that the longest clip has to fit in.")] = "256MiB",
-    out: Annotated[Path, typer.Option(help="Folder of the JSON and PNG files.")] = record.RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder of the JSON and PNG files.")] = result_files.RESULTS,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.of.the.setting=value ...")] = None,
 ) -> None:
     """Compare training end to end, rewired and frozen, on the synthetic set.
 
     Example: python -m benchmarks.tal --data data/synthetic --seeds 3 --jobs 2
     """
-    console, given = screen.console(), list(overrides or [])
+    console, given = terminal.console(), list(overrides or [])
     base = read_config(config, [f"data.annotations={data}/annotations.json", *given])
     shared = {
         "data": str(data),
@@ -221,7 +221,7 @@ def main(
     rows.sort(key=lambda row: (row["seed"], [run.name for run in RUNS].index(row["run"])))
     memory = memory_of(base, limit)
     found = {
-        **record.origin("benchmarks.tal"),
+        **result_files.origin("benchmarks.tal"),
         "settings": {**base.model_dump(mode="json"), "few_epochs": few},
         "titles": {run.name: run.title for run in RUNS},
         "rows": rows,
@@ -229,7 +229,7 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "tal.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(out / "tal.png", rows, record.in_one_line(found))
+    draw(out / "tal.png", rows, result_files.in_one_line(found))
     console.print(table_of(rows))
     for row in memory:
         console.print(

@@ -15,7 +15,7 @@ import torch
 
 import revwire
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def origin(module: str) -> dict[str, Any]:

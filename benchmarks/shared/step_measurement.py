@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.strategies import STRATEGIES
+from benchmarks.shared.strategies import STRATEGIES
 from revwire.errors import RevwireError
 from revwire.measure.step import measure_step, time_alternating, training_step
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from benchmarks.strategies import Strategy
+    from benchmarks.shared.strategies import Strategy
     from revwire.measure.step import Loss, StepMemory, Timing
 
 

@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks.shared import result_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from benchmarks.steps import Case, Row
+    from benchmarks.shared.step_measurement import Case, Row
 
 BASELINES = {"plain": "/plain", "checkpoint": "/ckpt"}  # strategy: heading of the ratios to it
 FIGURES = ("held", "peak", "seconds")
@@ -122,7 +122,7 @@ def document(
         settings: Options of the run.
     """
     return {
-        **record.origin(module),
+        **result_files.origin(module),
         "method": METHOD,
         "settings": settings,
         "cases": [{"case": case.name, **case.about} for case in cases],
@@ -146,7 +146,7 @@ def _entry(row: Row, bases: dict[str, Row]) -> dict[str, Any]:
 def save(document: dict[str, Any], rows: Sequence[Row], stem: Path) -> tuple[Path, Path]:
     """Write `stem.json` and `stem.png`; returns both paths."""
     text, picture = write(document, stem), stem.with_suffix(".png")
-    plot(rows, record.in_one_line(document), picture)
+    plot(rows, result_files.in_one_line(document), picture)
     return text, picture
 
 
