@@ -22,11 +22,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.memory import Amp, timm_case
 from benchmarks.shared import result_files, terminal
 from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
 from benchmarks.shared.step_report import METHOD, document, progress_bar, table, write
 from benchmarks.shared.strategies import STRATEGIES, chosen
+from benchmarks.shared.timm_cases import Amp, timm_case
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def depth_case(blocks: int, spec: str, **settings: Any) -> Case:
     Args:
         blocks: timm's `depth` of the model.
         spec: timm's name of a model that takes a depth, and `@` and a batch size if it is to have its own.
-        settings: Further arguments of `memory.timm_case`.
+        settings: Further arguments of `timm_cases.timm_case`.
 
     Raises:
         RevwireError: timm has no such model, or it takes no depth.

@@ -9,11 +9,12 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks.memory import main, timm_case
+from benchmarks.memory import main
 from benchmarks.shared import step_report as report
 from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
 from benchmarks.shared.step_report import table
 from benchmarks.shared.strategies import worth_measuring
+from benchmarks.shared.timm_cases import timm_case
 from revwire.errors import RevwireError
 from revwire.measure.step import StepMemory, Timing
 

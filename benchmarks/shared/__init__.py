@@ -9,6 +9,7 @@ Bytes and seconds of one training step, for `benchmarks.memory`, `.depth` and `.
 
 - `strategies`: the ways of doing the step that are compared: plain, checkpointed, rewired and others.
 - `step_measurement`: measures every strategy on every model.
+- `timm_cases`: a timm model with random images and labels, as a case to measure.
 - `step_report`: the table, the JSON document and the picture of what was measured.
 - `peer_networks`: the same residual branches as a network of each package that `benchmarks.peers` compares.
 
