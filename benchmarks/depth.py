@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.shared import result_files, terminal
 from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
-from benchmarks.shared.step_report import METHOD, document, progress_bar, table, write
+from benchmarks.shared.step_report import METHOD, document, table
 from benchmarks.shared.strategies import STRATEGIES, chosen
 from benchmarks.shared.timm_cases import Amp, timm_case
 from revwire.errors import RevwireError
@@ -172,16 +172,16 @@ def main(
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
     ways = chosen(strategy or DRAWN, amp.dtype)
-    with progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
+    with terminal.progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
         rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     blocks = {case.name: case.about["blocks"] for case in cases}
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.depth", settings)
     written["bytes_per_block"] = slopes(rows, blocks)
-    caption = result_files.in_one_line(written)
+    caption = result_files.caption(written)
     console.print(table(rows), slope_table(written["bytes_per_block"]), caption, METHOD, sep="\n")
     stem = out / (name or f"depth-{torch.device(device).type}-{amp.value}")
-    text, picture = write(written, stem), stem.with_suffix(".png")
+    text, picture = result_files.write(written, stem.with_suffix(".json")), stem.with_suffix(".png")
     plot(rows, blocks, caption, picture)
     console.print("written:", text, picture)
 

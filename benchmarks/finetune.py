@@ -235,8 +235,7 @@ def main(
                     found[way.name] = run_way(way, start, name, digits, seed)
             done[str(seed)] = found
             document |= result_files.origin("benchmarks.finetune")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            result_files.write(document, out)
     plot(document, out.with_suffix(".png"))
     console.print(table(document), f"written: {out}, {out.with_suffix('.png')}")
 

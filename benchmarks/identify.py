@@ -89,7 +89,7 @@ def main(
                 results.append(result)
     data = {**result_files.origin(f"benchmarks.{NAME}"), **_summary(library, results)}
     data |= {"asked": len(names), "larger": larger, "not_reached": len(names) - larger - len(results)}
-    path.write_text(json.dumps({**data, "results": results}, indent=1) + "\n")
+    result_files.write({**data, "results": results}, path)
     print(json.dumps(data, indent=1))
 
 

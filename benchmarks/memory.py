@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.shared import result_files, terminal
 from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
-from benchmarks.shared.step_report import METHOD, document, progress_bar, save, table
+from benchmarks.shared.step_report import METHOD, document, save, table
 from benchmarks.shared.strategies import STRATEGIES, chosen, worth_measuring
 from benchmarks.shared.timm_cases import Amp, timm_case
 from revwire.errors import RevwireError
@@ -117,7 +117,7 @@ def main(
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    with progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
+    with terminal.progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
         rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)
@@ -125,7 +125,7 @@ def main(
         with console.status("estimating"):
             written["estimates"] = [e for case in cases for e in against_estimates(case, rows, amp.dtype)]
         console.print(table_of_estimates(written["estimates"]))
-    console.print(table(rows), result_files.in_one_line(written), METHOD, sep="\n")
+    console.print(table(rows), result_files.caption(written), METHOD, sep="\n")
     stem = out / (name or f"memory-{torch.device(device).type}-{amp.value}")
     console.print("written:", *save(written, rows, stem))
 

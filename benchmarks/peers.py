@@ -253,12 +253,12 @@ def main(
         seed=seed,
     )
     steps = steps_to_come(1, len(ways), rounds) + len(ways)
-    with step_report.progress_bar(steps) as progress, warnings.catch_warnings():
+    with terminal.progress_bar(steps) as progress, warnings.catch_warnings():
         # of what the packages use of torch that is deprecated: it still works, or is their row's error
         warnings.filterwarnings("ignore", module="memcnn|revtorch|revlib|momentumnet")
         rows, found = compare(case, ways, rounds=rounds, progress=progress)
     written = document(case, rows, found, {"device": device, "rounds": rounds, "seed": seed})
-    caption = result_files.in_one_line(written)
+    caption = result_files.caption(written)
     console.print(step_report.table(rows), off_table(found), caption, step_report.METHOD, OFF, sep="\n")
     stem = out / (name or f"peers-{torch.device(device).type}-{dtype.value}")
     console.print("written:", *step_report.save(written, rows, stem))

@@ -167,16 +167,12 @@ def main(
         if found:
             document = json.loads(PATH.read_text("utf-8"))
             document["checked"] = {**result_files.origin("benchmarks.sizing"), "rows": found}
-            _write(document)
+            result_files.write(document, PATH)
             print(json.dumps(found, indent=1))
         return
     rows = [sized(name, batch, way) for name, batch in MODELS.items() for way in WAYS]
-    _write({**result_files.origin("benchmarks.sizing"), "rows": rows})
+    result_files.write({**result_files.origin("benchmarks.sizing"), "rows": rows}, PATH)
     print("\n".join(table(rows)))
-
-
-def _write(document: dict[str, Any]) -> None:
-    PATH.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

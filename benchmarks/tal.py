@@ -227,9 +227,8 @@ def main(
         "rows": rows,
         "memory": {"limit": limit, "rows": memory},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tal.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(out / "tal.png", rows, result_files.in_one_line(found))
+    result_files.write(found, out / "tal.json")
+    draw(out / "tal.png", rows, result_files.caption(found))
     console.print(table_of(rows))
     for row in memory:
         console.print(

@@ -2,8 +2,8 @@
 
 Result files and printing, for all programs:
 
-- `result_files`: the folder of the results, and what each file says of the command, the machine and the versions.
-- `terminal`: the console that tables are printed to.
+- `result_files`: the folder of the results, writing them, and what each says of command, machine and versions.
+- `terminal`: the console that tables are printed to, and the progress bar.
 
 Bytes and seconds of one training step, for `benchmarks.memory`, `.depth` and `.peers`:
 

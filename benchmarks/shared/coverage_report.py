@@ -186,7 +186,7 @@ def page(document: dict[str, Any]) -> str:
     """docs/coverage.md from the JSON document."""
     rows: list[dict[str, Any]] = document["architectures"]
     checked = {(v["source"], v["family"]): v for v in document["verified"]}
-    parts = [_HEAD.format(line=result_files.in_one_line(document), **document)]
+    parts = [_HEAD.format(line=result_files.caption(document), **document)]
     for source in dict.fromkeys(r["source"] for r in rows):
         mine = [r for r in rows if r["source"] == source]
         done = sum(r["verdict"] == "rewired" for r in mine)
