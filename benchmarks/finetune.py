@@ -40,7 +40,7 @@ PRETRAINING_EPOCHS = 40
 BATCH = 128
 LEARNING_RATE = 7e-4
 PRETRAINING_RATE = 3e-3
-_START = torch.zeros(2, 1, data.SIZE, data.SIZE)
+_EXAMPLE_INPUT = torch.zeros(2, 1, data.SIZE, data.SIZE)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def run_way(way: Way, start: nn.Module, name: str, digits: data.Digits, seed: in
     if way.coupling is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that float streams cannot carry it is what the table shows
-            revwire.rewire(model, _START, coupling=way.coupling, exact=way.exact)
+            revwire.rewire(model, _EXAMPLE_INPUT, coupling=way.coupling, exact=way.exact)
         if way.end:
             half = EPOCHS * (len(digits.train.labels) // BATCH) // 2
             schedule = revwire.Dr2NetSchedule(model, half, start=(0.875, 0.125), end=way.end)

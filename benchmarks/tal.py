@@ -1,12 +1,12 @@
-"""Re2TAL on the synthetic set: what rewiring does to a trained network, and what training end to end is worth.
+"""Temporal action localization (TAL) with Re2TAL: rewiring a trained network, and training end to end.
 
     python -m examples.re2tal.synth data/synthetic
     python -m benchmarks.tal --data data/synthetic --seeds 3 --jobs 2
 
-For every seed, on the same videos and with the same head: a network is trained end to end as it is; rewired, it is
-evaluated without further training, and after a few epochs of it; a rewired network is trained from random
-initialisation for as few epochs, and for all of them; and the head is trained alone, on a backbone that stays as it
-was initialised. Each row is the average mAP (tIoU 0.3 to 0.7) on held-out videos. A run that was stopped goes on.
+For every seed, on the same videos of the synthetic set and with the same head: a network is trained end to end as it
+is; rewired, it is evaluated without further training, and after a few epochs of it; a rewired network is trained from
+random initialisation for as few epochs, and for all of them; and the head is trained alone, on a backbone that stays
+as it was initialised. Each row is the average mAP (tIoU 0.3 to 0.7) on held-out videos. A run that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the coverage sweep found, and telling it: a summary to print, JSON, and docs/coverage.md.
+"""What the coverage sweep found, as a summary to print, as JSON, and as docs/coverage.md.
 
-The rows are defined here and not beside the sweep, which runs as a script: there its classes would be others than those
-that anything else imports.
+The classes of the rows are defined here and not in `benchmarks.coverage`: run as a program, that file is the module
+`__main__`, and importing it by its name would load it a second time, with classes of which no row is an instance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measuring: bytes and seconds of one training step, for several models done in several ways."""
+"""Measure bytes and seconds of one training step: every strategy on every model."""
 
 from __future__ import annotations
 
