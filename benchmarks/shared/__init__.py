@@ -1,4 +1,7 @@
-"""Code of the benchmarks that no one runs directly: each program beside this folder takes what it needs from here.
+"""Code of the benchmarks that no one runs directly.
+
+Each program beside this folder takes what it needs from here, and so does `examples.digits.demo`; nothing here imports
+a program or an example.
 
 Result files and printing, for all programs:
 
