@@ -3,9 +3,10 @@
     python -m benchmarks.coverage --help
 
 Each architecture is planned on the meta device, its bytes between forward and backward are counted before and after
-rewiring, and its residual additions are counted a second time by other means (`benchmarks.operators`). The smallest
-rewired model of each family then goes through the whole `revwire.verify` with real tensors. A sweep that was stopped
-goes on where it stopped; one that finds a model worse off than the committed results fails.
+rewiring, and its residual additions are counted a second time by other means
+(`benchmarks.shared.residual_counter`). The smallest rewired model of each family then goes through the whole
+`revwire.verify` with real tensors. A sweep that was stopped goes on where it stopped; one that finds a model worse off
+than the committed results fails.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from rich.progress import (
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import revwire
-from benchmarks import coverage_report, record, screen
-from benchmarks.coverage_report import Planned, Verified
-from benchmarks.operators import ResidualCounter
-from benchmarks.zoo import SOURCES, Entry, entries, fewer_blocks
+from benchmarks.shared import coverage_report, result_files, terminal
+from benchmarks.shared.coverage_models import SOURCES, Entry, entries, fewer_blocks
+from benchmarks.shared.coverage_report import Planned, Verified
+from benchmarks.shared.residual_counter import ResidualCounter
 from revwire import ReplayError
 from revwire.find.probe import probe
 from revwire.libraries.inputs import call_arguments
@@ -268,12 +269,12 @@ def main(
 
     One family: python -m benchmarks.coverage --only 'timm/convnext*'
     """
-    console = screen.console()
+    console = terminal.console()
     chosen = tuple(source or SOURCES)
     if unknown := [s for s in chosen if s not in SOURCES]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SOURCES)}", param_hint="--source")
     wanted = [e.key for e in entries(chosen) if fnmatchcase(e.key, only)]
-    diary = Diary(record.RESULTS / f"{NAME}.partial.jsonl", fresh=fresh)
+    diary = Diary(result_files.RESULTS / f"{NAME}.partial.jsonl", fresh=fresh)
     planned, verified = diary.read()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -293,7 +294,7 @@ def main(
     reports = [v for v in verified.values() if any(v.key == f"{r.source}/{r.family}" for r in rows)]
     console.print(coverage_report.summary(rows, reports))
     whole = only == "*" and chosen == tuple(SOURCES) and verify
-    worse = coverage_report.worse(record.RESULTS / f"{NAME}.json", rows, reports)
+    worse = coverage_report.worse(result_files.RESULTS / f"{NAME}.json", rows, reports)
     for line in worse:
         console.print(f"[red]worse than before:[/] {line}")
     if whole and (not worse or accept):

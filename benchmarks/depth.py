@@ -6,7 +6,7 @@ The same small vision transformer at several depths. What a strategy keeps for b
 each block: the slope of the least-squares line through its measured depths, for held and for peak bytes. The rewired
 model keeps the two streams at the end of its chain whatever the depth, so its slope is 0; that of torch's checkpoint
 is one tensor a block, that of a plain step everything autograd saves in one. What is counted, and how, is written
-into the result file (`report.METHOD`).
+into the result file (`step_report.METHOD`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import record, screen
-from benchmarks.memory import Amp, timm_case
-from benchmarks.report import METHOD, document, progress_bar, table, write
-from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES, chosen
+from benchmarks.shared import result_files, terminal
+from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
+from benchmarks.shared.step_report import METHOD, document, table
+from benchmarks.shared.strategies import STRATEGIES, chosen
+from benchmarks.shared.timm_cases import Amp, timm_case
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def depth_case(blocks: int, spec: str, **settings: Any) -> Case:
     Args:
         blocks: timm's `depth` of the model.
         spec: timm's name of a model that takes a depth, and `@` and a batch size if it is to have its own.
-        settings: Further arguments of `memory.timm_case`.
+        settings: Further arguments of `timm_cases.timm_case`.
 
     Raises:
         RevwireError: timm has no such model, or it takes no depth.
@@ -154,7 +154,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, images and labels.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
-    ] = record.RESULTS,
+    ] = result_files.RESULTS,
     name: Annotated[str | None, typer.Option(help="Their name; depth-DEVICE-AMP if not given.")] = None,
 ) -> None:
     """Measure a training step at several depths, print what a block costs and write it down.
@@ -163,7 +163,7 @@ def main(
 
     On a GPU: python -m benchmarks.depth --device cuda --amp bf16 -m vit_small_patch16_224@64
     """
-    console = screen.console()
+    console = terminal.console()
     depths = sorted(set(depth or DEPTHS))
     if len(depths) < 2:
         raise typer.BadParameter("a slope needs two different depths", param_hint="--depth")
@@ -172,16 +172,16 @@ def main(
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
     ways = chosen(strategy or DRAWN, amp.dtype)
-    with progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
+    with terminal.progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
         rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     blocks = {case.name: case.about["blocks"] for case in cases}
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.depth", settings)
     written["bytes_per_block"] = slopes(rows, blocks)
-    caption = record.in_one_line(written)
+    caption = result_files.caption(written)
     console.print(table(rows), slope_table(written["bytes_per_block"]), caption, METHOD, sep="\n")
     stem = out / (name or f"depth-{torch.device(device).type}-{amp.value}")
-    text, picture = write(written, stem), stem.with_suffix(".png")
+    text, picture = result_files.write(written, stem.with_suffix(".json")), stem.with_suffix(".png")
     plot(rows, blocks, caption, picture)
     console.print("written:", text, picture)
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 
 import revwire
-from benchmarks import record, screen
+from benchmarks.shared import result_files, terminal
 from examples.digits import data
 from examples.digits import train as digits_vit
 
@@ -40,7 +40,7 @@ PRETRAINING_EPOCHS = 40
 BATCH = 128
 LEARNING_RATE = 7e-4
 PRETRAINING_RATE = 3e-3
-_START = torch.zeros(2, 1, data.SIZE, data.SIZE)
+_EXAMPLE_INPUT = torch.zeros(2, 1, data.SIZE, data.SIZE)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def run_way(way: Way, start: nn.Module, name: str, digits: data.Digits, seed: in
     if way.coupling is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that float streams cannot carry it is what the table shows
-            revwire.rewire(model, _START, coupling=way.coupling, exact=way.exact)
+            revwire.rewire(model, _EXAMPLE_INPUT, coupling=way.coupling, exact=way.exact)
         if way.end:
             half = EPOCHS * (len(digits.train.labels) // BATCH) // 2
             schedule = revwire.Dr2NetSchedule(model, half, start=(0.875, 0.125), end=way.end)
@@ -200,15 +200,16 @@ def plot(document: dict[str, Any], path: Path) -> None:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
     model: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; repeat; all.")] = None,
-    out: Annotated[Path, typer.Option(help="The JSON file; the picture goes beside it.")] = record.RESULTS
-    / "finetune.json",
+    out: Annotated[
+        Path, typer.Option(help="The JSON file; the picture goes beside it.")
+    ] = result_files.RESULTS / "finetune.json",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
 ) -> None:
     """Fine-tune rewired networks on digits, print the accuracies and write them down.
 
     Quick look: python -m benchmarks.finetune --seeds 1 --model vit --out /tmp/finetune.json
     """
-    console = screen.console()
+    console = terminal.console()
     torch.set_num_threads(1)
     digits = data.load()
     settings = {"epochs": EPOCHS, "pretraining_epochs": PRETRAINING_EPOCHS, "batch": BATCH}
@@ -233,9 +234,8 @@ def main(
                     status.update(f"{name}, seed {seed}: {way.name}")
                     found[way.name] = run_way(way, start, name, digits, seed)
             done[str(seed)] = found
-            document |= record.origin("benchmarks.finetune")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            document |= result_files.origin("benchmarks.finetune")
+            result_files.write(document, out)
     plot(document, out.with_suffix(".png"))
     console.print(table(document), f"written: {out}, {out.with_suffix('.png')}")
 

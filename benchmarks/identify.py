@@ -26,7 +26,7 @@ import typer
 from rich.progress import track
 from safetensors.torch import save_file
 
-from benchmarks import record
+from benchmarks.shared import result_files
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
@@ -75,7 +75,7 @@ def main(
     warnings.simplefilter("ignore")
     names = _drawn(library, family, seed)
     results, larger, start = [], 0, time.perf_counter()
-    path = record.RESULTS / f"{NAME}{'' if library == 'timm' else f'-{library}'}.json"
+    path = result_files.RESULTS / f"{NAME}{'' if library == 'timm' else f'-{library}'}.json"
     if resume:  # with the options of the run before, or the order is another
         before = json.loads(path.read_text())
         results, larger = before["results"], before["larger"]
@@ -87,9 +87,9 @@ def main(
             larger += result is None
             if result:
                 results.append(result)
-    data = {**record.origin(f"benchmarks.{NAME}"), **_summary(library, results)}
+    data = {**result_files.origin(f"benchmarks.{NAME}"), **_summary(library, results)}
     data |= {"asked": len(names), "larger": larger, "not_reached": len(names) - larger - len(results)}
-    path.write_text(json.dumps({**data, "results": results}, indent=1) + "\n")
+    result_files.write({**data, "results": results}, path)
     print(json.dumps(data, indent=1))
 
 

@@ -4,36 +4,34 @@
 
 Held is what lives between forward and backward, peak the most that lives at once during both. The clock and
 the meter are separate runs, because the meter slows the step it watches. Where the figures come from, and
-what they do not count, is written into every result file (`report.METHOD`).
+what they do not count, is written into every result file (`step_report.METHOD`).
 
-For a model of your own: `print(table(run([Case("mine", factory, inputs)])))` with rich's print.
+For a model of your own:
+
+    from rich import print
+    from benchmarks.shared.step_measurement import Case, run
+    from benchmarks.shared.step_report import table
+
+    print(table(run([Case("mine", factory, inputs)])))
 """
 
 from __future__ import annotations
 
-from enum import Enum
-from functools import partial
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated, Any
 
-import timm
 import torch
 import typer
 from rich.table import Table
-from timm.layers import DropPath
-from torch import nn
-from torch.nn import functional
 
-from benchmarks import record, screen
-from benchmarks.report import METHOD, document, progress_bar, save, table
-from benchmarks.steps import Case, Row, run, steps_to_come
-from benchmarks.strategies import STRATEGIES, chosen, worth_measuring
+from benchmarks.shared import result_files, terminal
+from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
+from benchmarks.shared.step_report import METHOD, document, save, table
+from benchmarks.shared.strategies import STRATEGIES, chosen, worth_measuring
+from benchmarks.shared.timm_cases import Amp, timm_case
 from revwire.errors import RevwireError
-from revwire.libraries.timm_models import create
 from revwire.measure.estimate import estimate
 from revwire.measure.strategies import STRATEGIES as ESTIMATED
-
-__all__ = ["METHOD", "Case", "Row", "run", "table", "timm_case"]
 
 MODELS = (
     "vit_tiny_patch16_224@4",
@@ -43,68 +41,6 @@ MODELS = (
     "convnext_tiny@4",
     "resnet50@4",
 )
-
-
-class Amp(str, Enum):
-    """Autocast of the forward."""
-
-    none = "none"
-    bf16 = "bf16"
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What the forward casts to."""
-        return torch.bfloat16 if self is Amp.bf16 else None
-
-
-def timm_case(
-    spec: str,
-    *,
-    batch: int = 4,
-    size: int | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    model_args: dict[str, Any] | None = None,
-) -> Case:
-    """A timm model with random weights, random images and random labels.
-
-    Args:
-        spec: timm's name of the model, with `@` and a batch size of its own if it is to differ: `resnet50@8`.
-        batch: Images in the step where the spec does not say.
-        size: Height and width of the images; the model's own if not given.
-        device: Where to run.
-        seed: Seed of weights, images and labels.
-        model_args: Further arguments of `timm.create_model`, `{"depth": 48}`.
-
-    Raises:
-        RevwireError: timm has no such model or refuses the arguments, or the batch size is no number.
-    """
-    name, _, own_batch = spec.partition("@")
-    if own_batch and not (own_batch.isdecimal() and int(own_batch)):
-        raise RevwireError(f"the batch size after @ has to be a whole number, found {spec!r}")
-    count = int(own_batch) if own_batch else batch
-    torch.manual_seed(seed)
-    config = timm.get_pretrained_cfg(name)
-    resized = {"img_size": size} if size and config is not None and config.fixed_input_size else {}
-    model: Any = create(name, resized | (model_args or {}))
-    for module in model.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    channels, height, width = model.default_cfg["input_size"]
-    shape = (count, channels, size or height, size or width)
-    labels = torch.randint(model.num_classes, (count,), device=device)
-
-    def factory() -> nn.Module:
-        placed: nn.Module = model.to(device).train()
-        return placed
-
-    return Case(
-        name=f"{name}, batch {count}",
-        factory=factory,
-        inputs=torch.randn(shape, device=device),
-        loss_fn=partial(functional.cross_entropy, target=labels),
-        about={"model": name, "input": list(shape), "drop_path": 0.0},
-    )
 
 
 def against_estimates(case: Case, rows: list[Row], autocast: torch.dtype | None) -> list[dict[str, Any]]:
@@ -164,7 +100,7 @@ def main(
     ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
-    ] = record.RESULTS,
+    ] = result_files.RESULTS,
     name: Annotated[str | None, typer.Option(help="Their name; memory-DEVICE-AMP if not given.")] = None,
 ) -> None:
     """Measure bytes and seconds of one training step, print them and write them down.
@@ -175,13 +111,13 @@ def main(
 
     Only two ways: python -m benchmarks.memory -s checkpoint -s rewired -m resnet50@8
     """
-    console = screen.console()
+    console = terminal.console()
     ways = chosen(strategy or worth_measuring(device), amp.dtype)
     try:
         cases = [timm_case(m, batch=batch, size=size, device=device, seed=seed) for m in model or MODELS]
     except RevwireError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    with progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
+    with terminal.progress_bar(steps_to_come(len(cases), len(ways), rounds)) as progress:
         rows = run(cases, ways, rounds=rounds, autocast=amp.dtype, progress=progress)
     settings = {"device": device, "amp": amp.value, "rounds": rounds, "seed": seed}
     written = document(cases, rows, "benchmarks.memory", settings)
@@ -189,7 +125,7 @@ def main(
         with console.status("estimating"):
             written["estimates"] = [e for case in cases for e in against_estimates(case, rows, amp.dtype)]
         console.print(table_of_estimates(written["estimates"]))
-    console.print(table(rows), record.in_one_line(written), METHOD, sep="\n")
+    console.print(table(rows), result_files.caption(written), METHOD, sep="\n")
     stem = out / (name or f"memory-{torch.device(device).type}-{amp.value}")
     console.print("written:", *save(written, rows, stem))
 

@@ -39,16 +39,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import record, report, screen
-from benchmarks.steps import Case, Row, failure_of, run, steps_to_come
-from benchmarks.ways import WAYS, Stack, Way, attention_branch, mlp_branch
+from benchmarks.shared import result_files, step_report, terminal
+from benchmarks.shared.peer_networks import WAYS, Stack, Way, attention_branch, mlp_branch
+from benchmarks.shared.step_measurement import Case, Row, failure_of, run, steps_to_come
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from benchmarks.ways import Build
+    from benchmarks.shared.peer_networks import Build
 
 OFF = (
     "Off: |a - b| / |b|, b from plain autograd through the same recurrence (checkpoint: of the ordinary network, "
@@ -185,7 +185,7 @@ def document(
     case: Case, rows: Sequence[Row], found: Mapping[str, Off], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """All there is to know about a run, JSON-ready, with the versions of the packages compared."""
-    result = report.document([case], rows, "benchmarks.peers", settings)
+    result = step_report.document([case], rows, "benchmarks.peers", settings)
     result["method"] += " " + OFF
     result["versions"] |= package_versions(WAYS)
     for entry in result["rows"]:
@@ -223,7 +223,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, input and loss.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the JSON and PNG files.", show_default="benchmarks/results")
-    ] = record.RESULTS,
+    ] = result_files.RESULTS,
     name: Annotated[str | None, typer.Option(help="Their name; peers-DEVICE-DTYPE if not given.")] = None,
 ) -> None:
     """Measure one training step of the same branches in every package, print it and write it down.
@@ -240,7 +240,7 @@ def main(
         raise typer.BadParameter(f"{dim} channels do not divide into {heads} heads", param_hint="--heads")
     if unknown := [w for w in way or () if w not in WAYS]:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(WAYS)}", param_hint="--way")
-    console = screen.console()
+    console = terminal.console()
     ways = {w: WAYS[w] for w in way or WAYS}
     case = stack_case(
         branches=branches,
@@ -253,15 +253,15 @@ def main(
         seed=seed,
     )
     steps = steps_to_come(1, len(ways), rounds) + len(ways)
-    with report.progress_bar(steps) as progress, warnings.catch_warnings():
+    with terminal.progress_bar(steps) as progress, warnings.catch_warnings():
         # of what the packages use of torch that is deprecated: it still works, or is their row's error
         warnings.filterwarnings("ignore", module="memcnn|revtorch|revlib|momentumnet")
         rows, found = compare(case, ways, rounds=rounds, progress=progress)
     written = document(case, rows, found, {"device": device, "rounds": rounds, "seed": seed})
-    caption = record.in_one_line(written)
-    console.print(report.table(rows), off_table(found), caption, report.METHOD, OFF, sep="\n")
+    caption = result_files.caption(written)
+    console.print(step_report.table(rows), off_table(found), caption, step_report.METHOD, OFF, sep="\n")
     stem = out / (name or f"peers-{torch.device(device).type}-{dtype.value}")
-    console.print("written:", *report.save(written, rows, stem))
+    console.print("written:", *step_report.save(written, rows, stem))
 
 
 if __name__ == "__main__":

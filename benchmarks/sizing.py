@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import revwire
-from benchmarks import record
+from benchmarks.shared import result_files
 from revwire.measure.live_bytes import LiveBytes
 from revwire.measure.strategies import treated
 
@@ -40,8 +40,9 @@ MODELS = {
 """timm's models, and the images in a step of one process."""
 WAYS = ("plain", "checkpoint", "rewired", "lean")
 PROCESSES = (1, 8, 16, 64)
-PATH = record.RESULTS / "sizing.json"
-_CHECKED = {"depth": 12, "embed_dim": 384, "num_heads": 6, "img_size": 64, "num_classes": 100}
+PATH = result_files.RESULTS / "sizing.json"
+_SMALL_MODEL = {"depth": 12, "embed_dim": 384, "num_heads": 6, "img_size": 64, "num_classes": 100}
+"""Arguments of the model whose step `--check` measures."""
 
 
 def on_each(row: Mapping[str, Any], processes: int) -> float:
@@ -106,8 +107,8 @@ def measured(way: str, batch: int) -> int:
     """Most live bytes of this process in a step of the small model that two processes share."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    images = torch.randn(batch, 3, _CHECKED["img_size"], _CHECKED["img_size"])
-    model: Any = treated(timm.create_model("vit_small_patch16_224", **_CHECKED), images, way)
+    images = torch.randn(batch, 3, _SMALL_MODEL["img_size"], _SMALL_MODEL["img_size"])
+    model: Any = treated(timm.create_model("vit_small_patch16_224", **_SMALL_MODEL), images, way)
     with _Resized() as meter:  # from here on: sharding copies this process's part, and lets go of the whole
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh)
@@ -127,7 +128,7 @@ def check() -> list[dict[str, Any]]:
     try:
         found = []
         for way in WAYS:
-            row = sized("vit_small_patch16_224", 16, way, amp=False, **_CHECKED)
+            row = sized("vit_small_patch16_224", 16, way, amp=False, **_SMALL_MODEL)
             told, real = on_each(row, dist.get_world_size()), measured(way, 16)
             found.append({"way": way, "predicted": round(told), "measured": real})
         return found if dist.get_rank() == 0 else []
@@ -166,17 +167,13 @@ def main(
         found = check()
         if found:
             document = json.loads(PATH.read_text("utf-8"))
-            document["checked"] = {**record.origin("benchmarks.sizing"), "rows": found}
-            _write(document)
+            document["checked"] = {**result_files.origin("benchmarks.sizing"), "rows": found}
+            result_files.write(document, PATH)
             print(json.dumps(found, indent=1))
         return
     rows = [sized(name, batch, way) for name, batch in MODELS.items() for way in WAYS]
-    _write({**record.origin("benchmarks.sizing"), "rows": rows})
+    result_files.write({**result_files.origin("benchmarks.sizing"), "rows": rows}, PATH)
     print("\n".join(table(rows)))
-
-
-def _write(document: dict[str, Any]) -> None:
-    PATH.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

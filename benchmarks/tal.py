@@ -1,12 +1,12 @@
-"""Re2TAL on the synthetic set: what rewiring does to a trained network, and what training end to end is worth.
+"""Temporal action localization (TAL) with Re2TAL: rewiring a trained network, and training end to end.
 
     python -m examples.re2tal.synth data/synthetic
     python -m benchmarks.tal --data data/synthetic --seeds 3 --jobs 2
 
-For every seed, on the same videos and with the same head: a network is trained end to end as it is; rewired, it is
-evaluated without further training, and after a few epochs of it; a rewired network is trained from random
-initialisation for as few epochs, and for all of them; and the head is trained alone, on a backbone that stays as it
-was initialised. Each row is the average mAP (tIoU 0.3 to 0.7) on held-out videos. A run that was stopped goes on.
+For every seed, on the same videos of the synthetic set and with the same head: a network is trained end to end as it
+is; rewired, it is evaluated without further training, and after a few epochs of it; a rewired network is trained from
+random initialisation for as few epochs, and for all of them; and the head is trained alone, on a backbone that stays
+as it was initialised. Each row is the average mAP (tIoU 0.3 to 0.7) on held-out videos. A run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import revwire
-from benchmarks import record, screen
+from benchmarks.shared import result_files, terminal
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.distributed import World
 from examples.re2tal.logs import Log
@@ -196,14 +196,14 @@ def main(
     config: Annotated[str, typer.Option(help="The experiment.")] = "synthetic",
     few: Annotated[int, typer.Option(help="The few epochs.")] = 3,
     limit: Annotated[str, typer.Option(help="Memory that the longest clip has to fit in.")] = "256MiB",
-    out: Annotated[Path, typer.Option(help="Folder of the JSON and PNG files.")] = record.RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder of the JSON and PNG files.")] = result_files.RESULTS,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.of.the.setting=value ...")] = None,
 ) -> None:
     """Compare training end to end, rewired and frozen, on the synthetic set.
 
     Example: python -m benchmarks.tal --data data/synthetic --seeds 3 --jobs 2
     """
-    console, given = screen.console(), list(overrides or [])
+    console, given = terminal.console(), list(overrides or [])
     base = read_config(config, [f"data.annotations={data}/annotations.json", *given])
     shared = {
         "data": str(data),
@@ -221,15 +221,14 @@ def main(
     rows.sort(key=lambda row: (row["seed"], [run.name for run in RUNS].index(row["run"])))
     memory = memory_of(base, limit)
     found = {
-        **record.origin("benchmarks.tal"),
+        **result_files.origin("benchmarks.tal"),
         "settings": {**base.model_dump(mode="json"), "few_epochs": few},
         "titles": {run.name: run.title for run in RUNS},
         "rows": rows,
         "memory": {"limit": limit, "rows": memory},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tal.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(out / "tal.png", rows, record.in_one_line(found))
+    result_files.write(found, out / "tal.json")
+    draw(out / "tal.png", rows, result_files.caption(found))
     console.print(table_of(rows))
     for row in memory:
         console.print(

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import depth
-from benchmarks.steps import Row
+from benchmarks.shared.step_measurement import Row
 from revwire.errors import RevwireError
 from revwire.measure.step import StepMemory
 from revwire.measure.timing import Timing

@@ -12,8 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import peers
-from benchmarks.steps import failure_of
-from benchmarks.ways import WAYS, Momentum, Residual, Stack, Way
+from benchmarks.shared.peer_networks import WAYS, Momentum, Residual, Stack, Way
+from benchmarks.shared.step_measurement import failure_of
 from revwire.errors import RevwireError
 
 TINY = {"branches": 4, "dim": 8, "heads": 2, "batch": 2, "tokens": 5}

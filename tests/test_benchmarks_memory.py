@@ -9,10 +9,12 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks import report
-from benchmarks.memory import Case, Row, main, run, table, timm_case
-from benchmarks.steps import steps_to_come
-from benchmarks.strategies import worth_measuring
+from benchmarks.memory import main
+from benchmarks.shared import step_report as report
+from benchmarks.shared.step_measurement import Case, Row, run, steps_to_come
+from benchmarks.shared.step_report import table
+from benchmarks.shared.strategies import worth_measuring
+from benchmarks.shared.timm_cases import timm_case
 from revwire.errors import RevwireError
 from revwire.measure.step import StepMemory
 from revwire.measure.timing import Timing

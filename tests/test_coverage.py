@@ -11,9 +11,13 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks import coverage, coverage_report, record, zoo
-from benchmarks.coverage import Diary, Planned, Verified, plan_one, representatives, verify_one
-from benchmarks.operators import ResidualCounter
+from benchmarks import coverage
+from benchmarks.coverage import Diary, plan_one, representatives, verify_one
+from benchmarks.shared import coverage_models as zoo
+from benchmarks.shared import coverage_report
+from benchmarks.shared import result_files as record
+from benchmarks.shared.coverage_report import Planned, Verified
+from benchmarks.shared.residual_counter import ResidualCounter
 
 ROW = Planned(
     "timm", "resnet", "resnet50", "rewired", (2, 3), seconds=1.0, parameters=9, held=100, held_rewired=40
@@ -91,7 +95,7 @@ def test_a_stopped_sweep_goes_on(tmp_path):
 
 
 def test_what_got_worse_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(coverage_report.record, "RESULTS", tmp_path)
+    monkeypatch.setattr(coverage_report.result_files, "RESULTS", tmp_path)
     monkeypatch.setattr(coverage_report, "PAGE", tmp_path / "coverage.md")
     cannot = Planned("timm", "vgg", "vgg11", "cannot", reason="no residual additions")
     coverage_report.save([ROW, cannot], [REPORT], 1.0)

@@ -25,8 +25,9 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import revwire
-from benchmarks import finetune, record, sizing
-from benchmarks.strategies import STRATEGIES as MEASURED
+from benchmarks import finetune, sizing
+from benchmarks.shared import result_files as record
+from benchmarks.shared.strategies import STRATEGIES as MEASURED
 from examples.re2tal.config import read_config
 from revwire.checkpoint.hub import is_hub
 from revwire.cli.app import app

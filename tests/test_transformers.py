@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import revwire
-from benchmarks.zoo_transformers import ZOO
+from benchmarks.shared.small_transformers import ZOO
 from revwire.rewrite.wired import options_of, with_options
 
 # the whole list is verified by benchmarks/coverage.py; here one of each kind of frame

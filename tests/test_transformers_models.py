@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import revwire
-from benchmarks.zoo_transformers import ZOO
+from benchmarks.shared.small_transformers import ZOO
 from revwire import checkpoint, libraries
 from revwire.checkpoint import conversion
 from revwire.cli.app import app

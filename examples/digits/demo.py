@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import revwire
-from benchmarks import report, steps
+from benchmarks.shared import step_measurement, step_report
 from examples.digits import data, train
 from revwire.checkpoint import load_plain
 
@@ -119,10 +119,10 @@ def main(
     def loss(logits: Tensor) -> Tensor:
         return functional.cross_entropy(logits, labels)
 
-    case = steps.Case("digits ViT, batch 256", load_plain(weights)[0].train, images, loss)
+    case = step_measurement.Case("digits ViT, batch 256", load_plain(weights)[0].train, images, loss)
     with console.status("measuring"):
-        rows = steps.run([case], rounds=5)
-    console.print(report.table(rows))
+        rows = step_measurement.run([case], rounds=5)
+    console.print(step_report.table(rows))
     console.print(
         f"Rewiring changed the function: {before:.1%} became {rewired:.1%}, and fine-tuning brought {after[-1]:.1%}.\n"
         "Held: bytes alive between forward and backward. Every step of training takes what the last row says."

@@ -6,7 +6,8 @@ from statistics import mean
 
 import pytest
 
-from benchmarks import record, tal
+from benchmarks import tal
+from benchmarks.shared import result_files as record
 
 PAGE = (Path(__file__).parents[2] / "docs" / "re2tal.md").read_text(encoding="utf-8")
 MIB, GIB = 2**20, 2**30

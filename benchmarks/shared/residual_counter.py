@@ -1,9 +1,9 @@
-"""Counting residual additions from below, as a second opinion on what revwire plans.
+"""Count residual additions among the operators that a forward runs, as a second opinion on what revwire plans.
 
-revwire looks at the code of modules. This looks at the operators that a forward runs, whatever the code: a residual is
-a sum of two tensors of one shape of which one was computed from the other; a second one continues its trunk if its
-skip is the first one's sum, at most rearranged or activated. Sums inside branches count like any others, so this sees
-more than can be rewired, never less (but for sums of several branches at once).
+revwire looks at the code of modules. This looks at operators alone, whatever the code: a residual is a sum of two
+tensors of one shape of which one was computed from the other; a second one continues its trunk if its skip is the first
+one's sum, at most rearranged or activated. Sums inside branches count like any others, so this sees more than can be
+rewired, never less (but for sums of several branches at once).
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ _SUMS = {_aten.add, _aten.add_}
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor at one moment: what it was computed from, and what it is a view, or an activation, of."""
+    """A tensor as it was when an operator returned it; tensors are numbered in the order in which they are seen.
+
+    Attributes:
+        order: Its number.
+        parents: What it was computed from.
+        viewed: Number of the tensor whose values it shows, rearranged; its own if it is computed.
+        trunk: Number of the tensor that it is a rearrangement or an activation of; its own if it is neither.
+    """
 
     order: int
     parents: tuple[_Value, ...]

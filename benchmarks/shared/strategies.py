@@ -1,7 +1,8 @@
-"""The ways of doing a training step that are measured: those that revwire estimates, and some more.
+"""The ways of doing a training step that are measured: those that `revwire.estimate` knows, and some more.
 
-Of these, `budget=checkpoint` and `budget=plain` are rewired with the memory that the other way takes for a budget, in a
-step that finds gradients there: so what is compared are activations alone, as everywhere in these measurements.
+`budget=checkpoint` and `budget=plain` rewire the model so that its step needs no more memory than a checkpointed or a
+plain one. That memory is estimated for a step before which all parameters have their gradients, because the steps
+measured here are of that kind: activations alone are compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measuring: bytes and seconds of one training step, for several models done in several ways."""
+"""Measure bytes and seconds of one training step: every strategy on every model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.strategies import STRATEGIES
+from benchmarks.shared.strategies import STRATEGIES
 from revwire.errors import RevwireError
 from revwire.measure.step import measure_step, training_step
 from revwire.measure.timing import time_alternating
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from benchmarks.strategies import Strategy
+    from benchmarks.shared.strategies import Strategy
     from revwire.measure.step import Loss, StepMemory
     from revwire.measure.timing import Timing
 

@@ -1,8 +1,9 @@
-"""What every result file says about where it comes from: command, date, machine and versions."""
+"""Result files: their folder, and what each says of where it comes from: command, date, machine and versions."""
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ import torch
 
 import revwire
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def origin(module: str) -> dict[str, Any]:
@@ -51,13 +52,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages}
 
 
-def in_one_line(record: dict[str, Any]) -> str:
-    """Machine and versions of an `origin` as a caption."""
-    host, packages = record["machine"], record["versions"]
+def caption(document: dict[str, Any]) -> str:
+    """Machine, versions and date of a result file, in one line."""
+    host, packages = document["machine"], document["versions"]
     device = host["gpu"] or f"{host['cpu']}, {host['threads']} threads"
     return ", ".join(
-        [device, *(f"{name} {version}" for name, version in packages.items()), record["date"][:10]]
+        [device, *(f"{name} {version}" for name, version in packages.items()), document["date"][:10]]
     )
+
+
+def write(document: dict[str, Any], path: Path) -> Path:
+    """Write a result file, and make its folder; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def _cpu_model() -> str:

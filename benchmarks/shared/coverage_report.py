@@ -1,7 +1,7 @@
-"""What the coverage sweep found, and telling it: a summary to print, JSON, and docs/coverage.md.
+"""What the coverage sweep found, as a summary to print, as JSON, and as docs/coverage.md.
 
-The rows are defined here and not beside the sweep, which runs as a script: there its classes would be others than those
-that anything else imports.
+The classes of the rows are defined here and not in `benchmarks.coverage`: run as a program, that file is the module
+`__main__`, and importing it by its name would load it a second time, with classes of which no row is an instance.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks import record, zoo
+from benchmarks.shared import coverage_models, result_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from revwire.planning.plan import Plan
 
-PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 _MIB = 2**20
 
 
@@ -39,7 +39,8 @@ class Planned:
         residuals: Residuals in the longest run on one trunk, counted from the operators where none was rewired.
         seconds: Time to plan.
         parameters: Number of parameters.
-        held: Bytes between forward and backward of a training step at `zoo.BATCH`, None where they were not counted.
+        held: Bytes between forward and backward of a training step at `coverage_models.BATCH`, None where they were
+            not counted.
         held_rewired: The same, rewired.
         reason: Why not, where it cannot be rewired.
     """
@@ -166,8 +167,8 @@ def worse(path: Path, rows: Sequence[Planned], reports: Sequence[Verified]) -> l
 def save(rows: Sequence[Planned], reports: Sequence[Verified], median_seconds: float) -> None:
     """Write benchmarks/results/coverage.json and docs/coverage.md."""
     document = {
-        **record.origin("benchmarks.coverage"),
-        "batch": zoo.BATCH,
+        **result_files.origin("benchmarks.coverage"),
+        "batch": coverage_models.BATCH,
         "median_seconds_to_plan": round(median_seconds, 2),
         "architectures": [asdict(r) for r in rows],
         "verified": [asdict(v) for v in sorted(reports, key=lambda v: v.key)],
@@ -175,7 +176,9 @@ def save(rows: Sequence[Planned], reports: Sequence[Verified], median_seconds: f
     text = json.dumps(document, indent=1)
     # one architecture a line: a diff of two sweeps shows what changed
     text = re.sub(r"\n {3,}", " ", text)
-    (record.RESULTS / "coverage.json").write_text(re.sub(r"\n  \}", " }", text) + "\n", encoding="utf-8")
+    (result_files.RESULTS / "coverage.json").write_text(
+        re.sub(r"\n  \}", " }", text) + "\n", encoding="utf-8"
+    )
     PAGE.write_text(page(document), encoding="utf-8")
 
 
@@ -183,7 +186,7 @@ def page(document: dict[str, Any]) -> str:
     """docs/coverage.md from the JSON document."""
     rows: list[dict[str, Any]] = document["architectures"]
     checked = {(v["source"], v["family"]): v for v in document["verified"]}
-    parts = [_HEAD.format(line=record.in_one_line(document), **document)]
+    parts = [_HEAD.format(line=result_files.caption(document), **document)]
     for source in dict.fromkeys(r["source"] for r in rows):
         mine = [r for r in rows if r["source"] == source]
         done = sum(r["verdict"] == "rewired" for r in mine)

@@ -1,25 +1,22 @@
-"""Telling: the measured rows as a table, a JSON file and a picture."""
+"""What `step_measurement.run` measured, as a table to print, a JSON document and a picture."""
 
 from __future__ import annotations
 
 import itertools
-import json
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks.shared import result_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from benchmarks.steps import Case, Row
+    from benchmarks.shared.step_measurement import Case, Row
 
 BASELINES = {"plain": "/plain", "checkpoint": "/ckpt"}  # strategy: heading of the ratios to it
 FIGURES = ("held", "peak", "seconds")
@@ -60,15 +57,6 @@ def compared(row: Row, bases: dict[str, Row]) -> dict[str, Row]:
     if row.strategy not in bases:
         return bases
     return dict(itertools.takewhile(lambda base: base[0] != row.strategy, bases.items()))
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on the terminal for a run of `total` steps; gives what is to be called before each, with its name."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda what: bar.update(task, description=what, advance=1)
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -122,7 +110,7 @@ def document(
         settings: Options of the run.
     """
     return {
-        **record.origin(module),
+        **result_files.origin(module),
         "method": METHOD,
         "settings": settings,
         "cases": [{"case": case.name, **case.about} for case in cases],
@@ -145,17 +133,9 @@ def _entry(row: Row, bases: dict[str, Row]) -> dict[str, Any]:
 
 def save(document: dict[str, Any], rows: Sequence[Row], stem: Path) -> tuple[Path, Path]:
     """Write `stem.json` and `stem.png`; returns both paths."""
-    text, picture = write(document, stem), stem.with_suffix(".png")
-    plot(rows, record.in_one_line(document), picture)
+    text, picture = result_files.write(document, stem.with_suffix(".json")), stem.with_suffix(".png")
+    plot(rows, result_files.caption(document), picture)
     return text, picture
-
-
-def write(document: dict[str, Any], stem: Path) -> Path:
-    """Write `stem.json`, and make its folder; returns its path."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    text = stem.with_suffix(".json")
-    text.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return text
 
 
 def plot(rows: Sequence[Row], caption: str, path: Path) -> None:

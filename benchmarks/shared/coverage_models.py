@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.zoo_transformers import ZOO
+from benchmarks.shared.small_transformers import ZOO
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture, timm_models
 
@@ -180,7 +180,7 @@ def _clip(batch: int, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def transformers_entries() -> Iterator[Entry]:
-    """The models of `benchmarks.zoo_transformers`, at the one small size they have."""
+    """The models of `benchmarks.shared.small_transformers`, at the one small size they have."""
     for name, (build, inputs, _) in ZOO.items():
 
         def outline(build: Any = build, inputs: Any = inputs) -> tuple[nn.Module, Any]:
