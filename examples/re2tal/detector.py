@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from examples.re2tal.dataset import Batch
-    from examples.re2tal.heads import Head, Losses, Predictions
+    from examples.re2tal.data.dataset import Batch
+    from examples.re2tal.heads.base import Head, Losses, Predictions
 
 
 class Detector(nn.Module):

@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.re2tal.annotations import read_annotations
 from examples.re2tal.config import thresholds
+from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.metrics import Evaluation, evaluate, recall_at
-from examples.re2tal.postprocess import read_submission
+from examples.re2tal.evaluation.metrics import Evaluation, evaluate, recall_at
+from examples.re2tal.evaluation.postprocess import read_submission
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,20 +13,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.re2tal import checkpoints
-from examples.re2tal.annotations import AnnotatedVideo, Annotations
 from examples.re2tal.config import Config, read_config
-from examples.re2tal.dataset import Clips
-from examples.re2tal.distributed import joined
+from examples.re2tal.data.annotations import AnnotatedVideo, Annotations
+from examples.re2tal.data.dataset import Clips
+from examples.re2tal.data.video import open_video
+from examples.re2tal.distributed.world import joined
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.inference import detect
-from examples.re2tal.setup import annotations_of, detector_of
-from examples.re2tal.video import open_video
+from examples.re2tal.evaluation.inference import detect
+from examples.re2tal.training import checkpoints
+from examples.re2tal.training.setup import annotations_of, detector_of
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
     from examples.re2tal.detector import Detector
-    from examples.re2tal.postprocess import Detections
+    from examples.re2tal.evaluation.postprocess import Detections
 
 
 def detections_in(run: Path, video: Path, device: str = "auto") -> tuple[Detections, tuple[str, ...], float]:

@@ -3,8 +3,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from examples.re2tal import annotations as module
-from examples.re2tal.annotations import Action, AnnotationError, read_annotations
+from examples.re2tal.data import annotations as module
+from examples.re2tal.data.annotations import Action, AnnotationError, read_annotations
 
 ACTIVITYNET = {
     "version": "VERSION 1.3",

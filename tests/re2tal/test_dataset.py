@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from examples.re2tal.annotations import Action, AnnotatedVideo, Annotations
-from examples.re2tal.dataset import Clips, collate
+from examples.re2tal.data.annotations import Action, AnnotatedVideo, Annotations
+from examples.re2tal.data.dataset import Clips, collate
+from examples.re2tal.data.video import open_video
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.video import open_video
 from tests.re2tal.conftest import PICTURES, write
 
 RATE = 12

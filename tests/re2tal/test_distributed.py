@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from examples.re2tal.distributed import World
-from examples.re2tal.inference import detect
-from examples.re2tal.logs import history
+from examples.re2tal.distributed.world import World
+from examples.re2tal.evaluation.inference import detect
 from examples.re2tal.predict import trained
-from examples.re2tal.setup import annotations_of, clips_of
+from examples.re2tal.training.logs import history
+from examples.re2tal.training.setup import annotations_of, clips_of
 from tests.re2tal import tiny
 
 ROOT = Path(__file__).parents[2]

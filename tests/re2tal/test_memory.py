@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from examples.re2tal.backbones import build_backbone
-from examples.re2tal.memory import WAYS, table_of
+from examples.re2tal.backbones.base import build_backbone
+from examples.re2tal.training.memory import WAYS, table_of
 
 TINY = [
     "clip.size=[32,32]",

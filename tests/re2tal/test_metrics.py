@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from examples.re2tal import evaluate as command
-from examples.re2tal.annotations import Action, AnnotatedVideo, Annotations
-from examples.re2tal.metrics import ACTIVITYNET, THUMOS, average_precision, evaluate, recall_at
-from examples.re2tal.postprocess import Detections, write_submission
+from examples.re2tal.data.annotations import Action, AnnotatedVideo, Annotations
+from examples.re2tal.evaluation.metrics import ACTIVITYNET, THUMOS, average_precision, evaluate, recall_at
+from examples.re2tal.evaluation.postprocess import Detections, write_submission
 
 CLASSES = ("a", "b", "c")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.postprocess import (
+from examples.re2tal.evaluation.postprocess import (
     Detections,
     gather,
     read_submission,

@@ -6,12 +6,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from examples.re2tal.annotations import Action, AnnotatedVideo, Annotations, read_annotations
-from examples.re2tal.diagnosis import KINDS, profile
-from examples.re2tal.metrics import THUMOS, Matches, evaluate
-from examples.re2tal.postprocess import Detections, write_submission
+from examples.re2tal.data.annotations import Action, AnnotatedVideo, Annotations, read_annotations
+from examples.re2tal.evaluation.diagnosis import KINDS, profile
+from examples.re2tal.evaluation.metrics import THUMOS, Matches, evaluate
+from examples.re2tal.evaluation.postprocess import Detections, write_submission
 from examples.re2tal.report import __main__ as command
-from examples.re2tal.report import _curves, write_report
+from examples.re2tal.report.page import _curves, write_report
 from tests.re2tal import tiny
 
 CHROMIUM = shutil.which("chromium")

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.re2tal.data.sampling import TimeGrid, clipped, resized, sliding, truncated
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.sampling import TimeGrid, clipped, resized, sliding, truncated
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 4)).map(lambda pair: (pair[0] * pair[1], pair[0]))
 

@@ -5,9 +5,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from examples.re2tal import synth
-from examples.re2tal.annotations import read_annotations
-from examples.re2tal.video import open_video
+from examples.re2tal.data import synth
+from examples.re2tal.data.annotations import read_annotations
+from examples.re2tal.data.video import open_video
 
 
 def invoke(*arguments):

@@ -15,14 +15,17 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from examples.re2tal import checkpoints, predict, pretrain, synth, train
-from examples.re2tal.backbones import build_backbone
+from examples.re2tal import predict, train
+from examples.re2tal.backbones.base import build_backbone
 from examples.re2tal.config import Config, read_config
-from examples.re2tal.distributed import World
+from examples.re2tal.data import synth
+from examples.re2tal.distributed.world import World
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.logs import history
-from examples.re2tal.optim import Average, optimizer_of, schedule
-from examples.re2tal.trainer import Trainer
+from examples.re2tal.training import checkpoints
+from examples.re2tal.training import pretraining as pretrain
+from examples.re2tal.training.logs import history
+from examples.re2tal.training.optim import Average, optimizer_of, schedule
+from examples.re2tal.training.trainer import Trainer
 from tests.re2tal import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from examples.re2tal.data.video import VideoError, open_video, shown_at
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.video import VideoError, open_video, shown_at
 from tests.re2tal.conftest import PICTURES, decoded, turned, write
 
 KINDS = ["constant rate", "varying rate", "edit list"]

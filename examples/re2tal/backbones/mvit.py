@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models import video
 
-from examples.re2tal.backbones import Backbone, pieces, rejoined
+from examples.re2tal.backbones.base import Backbone, pieces, rejoined
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.re2tal.backbones import Backbone, needs, pieces, rejoined
+from examples.re2tal.backbones.base import Backbone, needs, pieces, rejoined
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from examples.re2tal.dataset import collate
+from examples.re2tal.data.dataset import collate
 from examples.re2tal.detector import candidates
-from examples.re2tal.distributed import gathered_weights
+from examples.re2tal.distributed.world import gathered_weights
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.postprocess import (
+from examples.re2tal.evaluation.postprocess import (
     Detections,
     gather,
     read_video_classes,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from examples.re2tal.config import Config, Evaluating
-    from examples.re2tal.dataset import Clips
-    from examples.re2tal.distributed import World
+    from examples.re2tal.data.dataset import Clips
+    from examples.re2tal.distributed.world import World
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

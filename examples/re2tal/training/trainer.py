@@ -17,26 +17,26 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from examples.re2tal import checkpoints
 from examples.re2tal.config import thresholds
-from examples.re2tal.dataset import collate
-from examples.re2tal.distributed import spread
+from examples.re2tal.data.dataset import collate
+from examples.re2tal.distributed.world import spread
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.inference import AMP, detect, video_scores
-from examples.re2tal.logs import Log, peak_gib
-from examples.re2tal.metrics import evaluate
-from examples.re2tal.optim import Average, optimizer_of, saved_buffers, schedule
-from examples.re2tal.setup import annotations_of, clips_of, detector_of
+from examples.re2tal.evaluation.inference import AMP, detect, video_scores
+from examples.re2tal.evaluation.metrics import evaluate
+from examples.re2tal.training import checkpoints
+from examples.re2tal.training.logs import Log, peak_gib
+from examples.re2tal.training.optim import Average, optimizer_of, saved_buffers, schedule
+from examples.re2tal.training.setup import annotations_of, clips_of, detector_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from examples.re2tal.config import Config
-    from examples.re2tal.dataset import Batch
-    from examples.re2tal.distributed import World
-    from examples.re2tal.metrics import Evaluation
-    from examples.re2tal.postprocess import Detections
+    from examples.re2tal.data.dataset import Batch
+    from examples.re2tal.distributed.world import World
+    from examples.re2tal.evaluation.metrics import Evaluation
+    from examples.re2tal.evaluation.postprocess import Detections
 
 _SETTINGS = "config.yaml"
 

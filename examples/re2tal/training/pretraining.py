@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from examples.re2tal.config import Config, read_config
-from examples.re2tal.dataset import collate
-from examples.re2tal.distributed import gathered_weights, joined
+from examples.re2tal.data.dataset import collate
+from examples.re2tal.distributed.world import gathered_weights, joined
 from examples.re2tal.errors import Re2TALError
+from examples.re2tal.evaluation.inference import AMP
 from examples.re2tal.heads.classification import SegmentClassifier
-from examples.re2tal.inference import AMP
-from examples.re2tal.logs import Log
-from examples.re2tal.trainer import Trainer
+from examples.re2tal.training.logs import Log
+from examples.re2tal.training.trainer import Trainer
 from revwire.errors import RevwireError
 
 if TYPE_CHECKING:

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from examples.re2tal import sampling
-from examples.re2tal.augment import Change
+from examples.re2tal.data import sampling
+from examples.re2tal.data.augment import Change
+from examples.re2tal.data.sampling import TimeGrid, View
+from examples.re2tal.data.video import VideoError, open_video, shown_at
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.sampling import TimeGrid, View
-from examples.re2tal.video import VideoError, open_video, shown_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from examples.re2tal.annotations import AnnotatedVideo, Annotations
-    from examples.re2tal.augment import Augmentation
+    from examples.re2tal.data.annotations import AnnotatedVideo, Annotations
+    from examples.re2tal.data.augment import Augmentation
 
 Sampling = Literal["resize", "window"]
 
@@ -104,7 +104,7 @@ class Clips(Dataset[Clip]):
         annotations: The data set.
         subset: Which of its subsets.
         folder: Where the video files are: `<id>` or `v_<id>` with a usual suffix.
-        sampling: *resize* or *window*, see `examples.re2tal.sampling`.
+        sampling: *resize* or *window*, see `examples.re2tal.data.sampling`.
         frames: Pictures in a clip.
         positions: Positions in it, `frames` or a whole part of it.
         size: Height and width of the pictures.

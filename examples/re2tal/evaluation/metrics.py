@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from examples.re2tal.annotations import AnnotationError
-from examples.re2tal.postprocess import tiou as overlap_of
+from examples.re2tal.data.annotations import AnnotationError
+from examples.re2tal.evaluation.postprocess import tiou as overlap_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from examples.re2tal.annotations import AnnotatedVideo, Annotations
-    from examples.re2tal.postprocess import Detections
+    from examples.re2tal.data.annotations import AnnotatedVideo, Annotations
+    from examples.re2tal.evaluation.postprocess import Detections
 
     Floats = NDArray[np.float64]
 

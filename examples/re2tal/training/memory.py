@@ -71,8 +71,8 @@ def table_of(
         ways: Names of ways, and the arguments of `lay_out`.
     """
     from examples.re2tal.config import read_config
-    from examples.re2tal.inference import AMP
-    from examples.re2tal.setup import detector_of
+    from examples.re2tal.evaluation.inference import AMP
+    from examples.re2tal.training.setup import detector_of
 
     # the ways take the place of what the experiment does
     config = read_config(name, [*overrides, "memory={strategy: plain}"])

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.re2tal.checkpoints import write_whole
+from examples.re2tal.training.checkpoints import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path

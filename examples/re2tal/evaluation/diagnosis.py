@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from examples.re2tal.metrics import match
-from examples.re2tal.postprocess import tiou as overlap_of
+from examples.re2tal.evaluation.metrics import match
+from examples.re2tal.evaluation.postprocess import tiou as overlap_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from examples.re2tal.annotations import Action, AnnotatedVideo, Annotations
-    from examples.re2tal.postprocess import Detections
+    from examples.re2tal.data.annotations import Action, AnnotatedVideo, Annotations
+    from examples.re2tal.evaluation.postprocess import Detections
 
 KINDS = ("true positive", "duplicate", "wrong label", "localization", "confusion", "background")
 RANKS = 10

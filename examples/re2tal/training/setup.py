@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.re2tal.annotations import read_annotations
-from examples.re2tal.backbones import Backbone, build_backbone
-from examples.re2tal.dataset import Clips
+from examples.re2tal.backbones.base import Backbone, build_backbone
+from examples.re2tal.data.annotations import read_annotations
+from examples.re2tal.data.dataset import Clips
 from examples.re2tal.detector import Detector
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.heads import Head, build_head
-from examples.re2tal.memory import lay_out
+from examples.re2tal.heads.base import Head, build_head
+from examples.re2tal.training.memory import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from examples.re2tal.annotations import Annotations
     from examples.re2tal.config import Config
+    from examples.re2tal.data.annotations import Annotations
 
 
 def annotations_of(config: Config) -> Annotations:

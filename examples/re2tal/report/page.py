@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from examples.re2tal.dataset import found_files
-from examples.re2tal.diagnosis import KINDS, profile
-from examples.re2tal.metrics import Evaluation, match
-from examples.re2tal.video import VideoError, open_video, shown_at
+from examples.re2tal.data.dataset import found_files
+from examples.re2tal.data.video import VideoError, open_video, shown_at
+from examples.re2tal.evaluation.diagnosis import KINDS, profile
+from examples.re2tal.evaluation.metrics import Evaluation, match
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from examples.re2tal.annotations import AnnotatedVideo, Annotations
-    from examples.re2tal.metrics import Matches
-    from examples.re2tal.postprocess import Detections
+    from examples.re2tal.data.annotations import AnnotatedVideo, Annotations
+    from examples.re2tal.evaluation.metrics import Matches
+    from examples.re2tal.evaluation.postprocess import Detections
 
 _SHOWN = 8
 _THUMBNAILS = 8
