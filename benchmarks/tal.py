@@ -31,8 +31,8 @@ from benchmarks import record, screen
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.distributed.world import World
 from examples.re2tal.training.logs import Log
-from examples.re2tal.training.memory import lay_out
 from examples.re2tal.training.setup import backbone_of
+from examples.re2tal.training.strategy import lay_out
 from examples.re2tal.training.trainer import Trainer
 from revwire.measure.step import mean_square, measure_step
 

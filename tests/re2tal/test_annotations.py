@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from examples.re2tal.data import annotations as module
+from examples.re2tal import annotations as command
 from examples.re2tal.data.annotations import Action, AnnotationError, read_annotations
 
 ACTIVITYNET = {
@@ -174,7 +174,7 @@ def test_the_command_tells_what_is_there_and_what_is_wrong(written):
     import typer
 
     app = typer.Typer()
-    app.command()(module.main)
+    app.command()(command.main)
     result = CliRunner().invoke(app, [str(written(OPENTAD))])
     assert result.exit_code == 0
     assert "left out: 1 Ambiguous segments" in result.output

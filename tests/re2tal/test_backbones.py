@@ -8,7 +8,7 @@ import revwire
 from examples.re2tal.backbones.base import NAMES, Backbone, build_backbone, pieces, rejoined
 from examples.re2tal.detector import Detector
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.training.memory import lay_out
+from examples.re2tal.training.strategy import lay_out
 
 TOKENS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from examples.re2tal.backbones.base import build_backbone
-from examples.re2tal.training.memory import WAYS, table_of
+from examples.re2tal.training.memory import WAYS, estimates_of
 
 TINY = [
     "clip.size=[32,32]",
@@ -19,7 +19,7 @@ TOKENS = "num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 4, interme
 def test_every_way_of_an_experiment_is_estimated(backbone):
     changes = [*TINY, f"backbone.name={backbone}", f"backbone.options={{size: 32, {TOKENS}}}"]
     ways = {way: WAYS[way] for way in ("plain", "rewired")}
-    estimates = table_of("videomae_l_thumos14", overrides=changes, ways=ways)
+    estimates = estimates_of("videomae_l_thumos14", overrides=changes, ways=ways)
     assert not [row.failure for row in estimates.rows if row.failure]
     assert all(row.peak > row.model > 0 for row in estimates.rows)
 

@@ -5,6 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from examples.re2tal import synth as command
 from examples.re2tal.data import synth
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.data.video import open_video
@@ -12,7 +13,7 @@ from examples.re2tal.data.video import open_video
 
 def invoke(*arguments):
     app = typer.Typer()
-    app.command()(synth.main)
+    app.command()(command.main)
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 

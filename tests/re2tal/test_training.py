@@ -15,16 +15,15 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from examples.re2tal import predict, train
+from examples.re2tal import predict, synth, train
 from examples.re2tal.backbones.base import build_backbone
 from examples.re2tal.config import Config, read_config
-from examples.re2tal.data import synth
 from examples.re2tal.distributed.world import World
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.training import checkpoints
-from examples.re2tal.training import pretraining as pretrain
 from examples.re2tal.training.logs import history
 from examples.re2tal.training.optim import Average, optimizer_of, schedule
+from examples.re2tal.training.pretraining import pretrain
 from examples.re2tal.training.trainer import Trainer
 from tests.re2tal import tiny
 
@@ -260,7 +259,7 @@ def test_checkpoints_are_whole_and_few(tmp_path):
 
 def test_pretraining_hands_its_backbone_to_training(data, tmp_path):
     config = tiny.config(data, tmp_path, pretrain_epochs=2)
-    path, accuracy = pretrain.run(config, "cpu")
+    path, accuracy = pretrain(config, "cpu")
     assert 0 <= accuracy <= 1
     loaded = build_backbone("convnet", weights=path, width=4)
     fresh = build_backbone("convnet", width=4)
@@ -269,7 +268,7 @@ def test_pretraining_hands_its_backbone_to_training(data, tmp_path):
     trainer = Trainer(tiny.config(data, tmp_path / "after", backbone=backbone), ALONE)
     assert torch.equal(trainer.detector.backbone.stem.weight, loaded.stem.weight)
     with pytest.raises(Re2TALError, match="leaves nothing to fine-tune"):
-        pretrain.run(tiny.config(data, tmp_path / "frozen", memory={"strategy": "frozen"}), "cpu")
+        pretrain(tiny.config(data, tmp_path / "frozen", memory={"strategy": "frozen"}), "cpu")
 
 
 def test_a_run_starts_from_another(data, tmp_path):

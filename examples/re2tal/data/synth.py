@@ -1,7 +1,5 @@
 """A data set to try everything on: short videos of a moving shape that now and then does something.
 
-    python -m examples.re2tal.synth data/synthetic
-
 Each video shows a shape that drifts over a textured, drifting background, past a disc that bounces about and means
 nothing. Two to five times the shape acts: it *bounces*, *flashes* or *spins*. Kind, size and colour of the
 shape, the background and every single picture say nothing about the class; only motion does. Lengths and frame rates
@@ -11,21 +9,16 @@ processes make the same files.
 
 from __future__ import annotations
 
-import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path  # noqa: TC003  # typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-import typer
-from rich.console import Console
-from rich.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -203,35 +196,3 @@ def _inside(kind: int, centre: Floats, radius: float, angle: float) -> NDArray[n
     if kind == 0:
         return np.asarray(bar)
     return np.asarray(bar | ((np.abs(v) < radius) & (np.abs(u) < 0.3 * radius)))
-
-
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    training: Annotated[int, typer.Option("--videos", min=1, help="Videos to train on.")] = 320,
-    held_out: Annotated[int, typer.Option(min=1, help="Videos to evaluate on.")] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    processes: Annotated[int, typer.Option(min=1, help="How many to draw at a time.")] = os.cpu_count() or 1,
-) -> None:
-    """Make the synthetic data set: OUT/videos/*.mp4 and OUT/annotations.json. Files that are there are kept.
-
-    Example: python -m examples.re2tal.synth data/small --videos 40 --held-out 10
-    """
-    console, wanted = Console(), videos(training, held_out, seed)
-    folder = out / "videos"
-    folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(processes) as pool:
-        jobs = {pool.submit(make, video, folder): video.id for video in wanted}
-        for job in track(as_completed(jobs), "drawing videos", total=len(jobs), console=console):
-            made[jobs[job]] = job.result()
-    database = {video.id: made[video.id] for video in wanted}
-    text = json.dumps({"version": f"synthetic, seed {seed}", "database": database}, indent=1)
-    (out / "annotations.json").write_text(text, encoding="utf-8")
-    actions = sum(len(entry["annotations"]) for entry in database.values())
-    console.print(
-        f"{len(database)} videos with {actions} actions of {len(CLASSES)} classes in {out}", highlight=False
-    )
-
-
-if __name__ == "__main__":
-    typer.run(main)

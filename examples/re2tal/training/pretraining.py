@@ -1,24 +1,18 @@
 """Fine-tune the backbone on the classes of actions before detection: the first of Re2TAL's two steps.
 
-    python -m examples.re2tal.pretrain synthetic
-    python -m examples.re2tal.train synthetic backbone.weights=runs/synthetic/pretrain/backbone.safetensors
-
-The backbone is laid out as `memory` says, so a rewired one gets used to its new wiring here. A linear layer on the mean
-of the features under an action tells its class. A run that was stopped goes on where it was.
+The backbone is laid out by the setting `memory`, so a rewired one gets used to its new wiring here. A linear layer on
+the mean of the features under an action tells its class. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
-import typer
-from rich.console import Console
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from examples.re2tal.config import Config, read_config
 from examples.re2tal.data.dataset import collate
 from examples.re2tal.distributed.world import gathered_weights, joined
 from examples.re2tal.errors import Re2TALError
@@ -26,13 +20,14 @@ from examples.re2tal.evaluation.inference import AMP
 from examples.re2tal.heads.classification import SegmentClassifier
 from examples.re2tal.training.logs import Log
 from examples.re2tal.training.trainer import Trainer
-from revwire.errors import RevwireError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from examples.re2tal.config import Config
 
-def run(config: Config, device: str = "auto") -> tuple[Path, float]:
+
+def pretrain(config: Config, device: str = "auto") -> tuple[Path, float]:
     """Fine-tune; returns the file of the backbone's weights, and the accuracy on the evaluated subset's actions."""
     if config.memory.strategy == "frozen":
         raise Re2TALError("memory.strategy=frozen leaves nothing to fine-tune; choose rewired")
@@ -96,26 +91,3 @@ def accuracy_of(trainer: Trainer) -> float:
             total += len(logits)
     counts = world.gathered((right, total))
     return sum(r for r, _ in counts) / max(1, sum(n for _, n in counts))
-
-
-def main(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped configuration.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.of.the.setting=value ...")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Fine-tune the backbone on the classes of actions, before detection.
-
-    Example: python -m examples.re2tal.pretrain synthetic memory.strategy=rewired
-    """
-    try:
-        path, accuracy = run(read_config(config, overrides or []), device)
-    except (Re2TALError, RevwireError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    console = Console()
-    console.print(f"{accuracy:.1%} of the held-out actions are named rightly", highlight=False)
-    console.print(f"weights: {path}; train with backbone.weights={path}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -12,7 +12,7 @@ from examples.re2tal.data.dataset import Clips
 from examples.re2tal.detector import Detector
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.base import Head, build_head
-from examples.re2tal.training.memory import lay_out
+from examples.re2tal.training.strategy import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,39 @@
+"""Print what a training step of an experiment needs, done in several ways, before it is run.
+
+python -m examples.re2tal.memory swin_t_thumos14
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path  # noqa: TC003  # typer reads the annotations
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+import revwire
+from examples.re2tal.training.memory import estimates_of
+
+
+def main(
+    configs: Annotated[list[str], typer.Argument(help="YAML files, or names of shipped configurations.")],
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, too.")] = None,
+) -> None:
+    """Print what a training step of an experiment needs, done in several ways, before it is run.
+
+    Example: python -m examples.re2tal.memory swin_t_thumos14 videomae_l_thumos14
+    """
+    found = {}
+    for name in configs:
+        estimates = estimates_of(name)
+        Console().print(estimates)
+        found[name] = estimates.to_dict()
+    if out is not None:
+        about = {"torch": torch.__version__, "revwire": revwire.__version__, "counted": "on fake tensors"}
+        out.write_text(json.dumps({**about, "estimates": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
