@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from examples.re2tal.data.dataset import Batch
     from examples.re2tal.heads.base import Head, Losses, Predictions
 
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What autocast runs a detector in, by the setting `optim.amp`."""
+
 
 class Detector(nn.Module):
     """Backbone and head.
@@ -50,7 +53,7 @@ class Detector(nn.Module):
         self.backbone, self.head, self.positions = backbone, head, positions
         self._frozen = [m for m in backbone.modules() if freeze_batch_norm and isinstance(m, _BatchNorm)]
         for module in self._frozen:
-            module.requires_grad_(False)  # torch's own signature
+            module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
             self._frozen = [backbone]
         self.train(self.training)
@@ -62,7 +65,7 @@ class Detector(nn.Module):
         predictions: Predictions = self.head(self.features(frames), mask)
         return predictions
 
-    def train(self, mode: bool = True) -> Detector:  # torch's own signature
+    def train(self, mode: bool = True) -> Detector:
         """As any module; what is frozen stays as in evaluation."""
         super().train(mode)
         for module in self._frozen:

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 import revwire
-from examples.re2tal.backbones.base import NAMES, Backbone, build_backbone, pieces, rejoined
+from examples.re2tal.backbones.base import Backbone, pieces, rejoined
+from examples.re2tal.backbones.build import NAMES, build_backbone
 from examples.re2tal.detector import Detector
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.training.strategy import lay_out

@@ -16,9 +16,8 @@ import yaml
 
 from examples.re2tal.distributed.world import World
 from examples.re2tal.evaluation.inference import detect
-from examples.re2tal.predict import trained
 from examples.re2tal.training.logs import history
-from examples.re2tal.training.setup import annotations_of, clips_of
+from examples.re2tal.training.setup import annotations_of, clips_of, trained
 from tests.re2tal import tiny
 
 ROOT = Path(__file__).parents[2]

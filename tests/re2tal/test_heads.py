@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.assignment import assign
-from examples.re2tal.heads.base import NAMES, build_head
+from examples.re2tal.heads.build import NAMES, build_head
 from examples.re2tal.heads.layers import LocalAttention, MaskedConv, TransformerBlock
 from examples.re2tal.heads.losses import diou_loss, focal_loss
 from examples.re2tal.heads.points import points_of, ranges

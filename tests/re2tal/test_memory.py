@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from examples.re2tal.backbones.base import build_backbone
+from examples.re2tal.backbones.build import build_backbone
 from examples.re2tal.training.memory import WAYS, estimates_of
 
 TINY = [

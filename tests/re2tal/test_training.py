@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from examples.re2tal import predict, synth, train
-from examples.re2tal.backbones.base import build_backbone
+from examples.re2tal.backbones.build import build_backbone
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.distributed.world import World
 from examples.re2tal.errors import Re2TALError

@@ -1,4 +1,4 @@
-"""A model's detections of the videos of a subset."""
+"""A model's detections: of the videos of a subset, or of one file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from examples.re2tal.data.dataset import collate
-from examples.re2tal.detector import candidates
-from examples.re2tal.distributed.world import gathered_weights
+from examples.re2tal.data.annotations import AnnotatedVideo, Annotations
+from examples.re2tal.data.dataset import Clips, collate
+from examples.re2tal.data.video import open_video
+from examples.re2tal.detector import AMP, candidates
+from examples.re2tal.distributed.parallel import gathered_weights
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.postprocess import (
     Detections,
@@ -23,16 +25,14 @@ from examples.re2tal.evaluation.postprocess import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
     from examples.re2tal.config import Config, Evaluating
-    from examples.re2tal.data.dataset import Clips
     from examples.re2tal.distributed.world import World
-
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def detect(
@@ -67,6 +67,37 @@ def detect(
         together |= others
         faults |= reasons
     return {video.id: together[video.id] for video in clips.videos if video.id in together}, faults
+
+
+def detect_in_file(
+    path: Path, model: nn.Module, config: Config, classes: Sequence[str], world: World
+) -> tuple[Detections, float]:
+    """Detections of one video file, and its length in seconds. Arguments as for `detect`.
+
+    Raises:
+        Re2TALError: the file cannot be read.
+    """
+    with open_video(path, decoder=config.data.decoder) as reader:
+        duration = reader.duration
+    # a data set of this one video, without actions
+    video = AnnotatedVideo(path.stem, "one", duration, None, None, ())
+    clip = config.clip
+    clips = Clips(
+        Annotations({video.id: video}, tuple(classes)),
+        video.subset,
+        path.parent,
+        sampling=clip.sampling,
+        frames=clip.frames,
+        positions=clip.positions,
+        size=clip.size,
+        rate=clip.rate,
+        overlap=clip.overlap,
+        decoder=config.data.decoder,
+    )
+    found, skipped = detect(model, clips, config, classes, world)
+    if video.id not in found:
+        raise Re2TALError(f"{path}: {skipped.get(str(path), 'nothing could be read')}")
+    return found[video.id], duration
 
 
 def _windows(

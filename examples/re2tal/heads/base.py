@@ -1,4 +1,4 @@
-"""Detection heads: from features over time to scored segments.
+"""What all detection heads are: from features over time to scored segments, and from those to losses.
 
 A head is a *pyramid*, which makes sequences of ever coarser positions out of the features, and two *towers* that all
 levels share: one tells the classes at each point, the other how far the action's start and end are from it
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from examples.re2tal.heads.points import Points, points_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-NAMES = ("actionformer", "convolutional")
 
 _PRIOR = 0.01
 """The probability of a class that a head starts from, as most points have nothing to find."""
@@ -135,26 +133,3 @@ class Head(nn.Module):
         classification = focal_loss(predictions.logits[valid], targets[valid]) / self.normalizer
         regression = diou_loss(predictions.offsets[positive], distances[positive]) / self.normalizer
         return Losses(classification + regression, classification, regression)
-
-
-def build_head(name: str, *, in_channels: int, classes: int, **options: Any) -> Head:
-    """Build a head.
-
-    Args:
-        name: One of `NAMES`.
-        in_channels: Channels of the features.
-        classes: How many classes there are.
-        options: Of that head.
-
-    Raises:
-        Re2TALError: there is none of that name, or it has no such option.
-    """
-    from examples.re2tal.heads import actionformer, convolutional
-
-    builders = {"actionformer": actionformer.build, "convolutional": convolutional.build}
-    if name not in builders:
-        raise Re2TALError(f"there is no head {name!r}; choose one of {', '.join(NAMES)}")
-    try:
-        return builders[name](in_channels, classes, **options)
-    except TypeError as error:
-        raise Re2TALError(f"head {name}: {error}") from None

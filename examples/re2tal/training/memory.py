@@ -8,7 +8,7 @@ import torch
 
 import revwire
 from examples.re2tal.config import read_config
-from examples.re2tal.evaluation.inference import AMP
+from examples.re2tal.detector import AMP
 from examples.re2tal.training.setup import detector_of
 from examples.re2tal.training.strategy import lay_out
 

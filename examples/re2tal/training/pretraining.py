@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from examples.re2tal.data.dataset import collate
-from examples.re2tal.distributed.world import gathered_weights, joined
+from examples.re2tal.detector import AMP
+from examples.re2tal.distributed.parallel import gathered_weights
+from examples.re2tal.distributed.world import joined
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.evaluation.inference import AMP
 from examples.re2tal.heads.classification import SegmentClassifier
 from examples.re2tal.training.logs import Log
 from examples.re2tal.training.trainer import Trainer

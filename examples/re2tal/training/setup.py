@@ -1,4 +1,4 @@
-"""From an experiment's settings to what it needs: data set, clips, model."""
+"""From an experiment's settings to what it needs: data set, clips, model; and the model of a run that was trained."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.re2tal.backbones.base import Backbone, build_backbone
+from examples.re2tal.backbones.build import build_backbone
+from examples.re2tal.config import Config, read_config
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.data.dataset import Clips
 from examples.re2tal.detector import Detector
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.heads.base import Head, build_head
+from examples.re2tal.heads.build import build_head
+from examples.re2tal.training.checkpoints import trained_weights
 from examples.re2tal.training.strategy import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from examples.re2tal.config import Config
+    from examples.re2tal.backbones.base import Backbone
     from examples.re2tal.data.annotations import Annotations
+    from examples.re2tal.heads.base import Head
 
 
 def annotations_of(config: Config) -> Annotations:
@@ -90,6 +94,19 @@ def detector_of(
         std=std,
         freeze_batch_norm=config.backbone.freeze_batch_norm,
     )
+
+
+def trained(run: Path) -> tuple[Config, tuple[str, ...], Detector]:
+    """The settings, classes and model of a run, with its averaged weights.
+
+    Raises:
+        Re2TALError: the folder holds none.
+    """
+    weights, config = trained_weights(run), read_config(run / "config.yaml")
+    classes = annotations_of(config).classes
+    detector = detector_of(config, len(classes), weights=False)
+    detector.load_state_dict(weights)
+    return config, classes, detector
 
 
 def _head(config: Config, channels: int, classes: int) -> Head:

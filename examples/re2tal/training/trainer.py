@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from examples.re2tal.config import thresholds
 from examples.re2tal.data.dataset import collate
-from examples.re2tal.distributed.world import spread
+from examples.re2tal.detector import AMP
+from examples.re2tal.distributed.parallel import spread
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.evaluation.inference import AMP, detect, video_scores
+from examples.re2tal.evaluation.inference import detect, video_scores
 from examples.re2tal.evaluation.metrics import evaluate
 from examples.re2tal.training import checkpoints
 from examples.re2tal.training.logs import Log, peak_gib

@@ -1,0 +1,1 @@
+"""Detection heads: from features over time to scored segments."""
