@@ -53,6 +53,12 @@ class Evaluation:
     classes: tuple[str, ...]
     ap: Floats
 
+    @classmethod
+    def of(cls, matched: Mapping[str, Matches], tiou: Floats) -> Evaluation:
+        """From what `match` returns, at the thresholds that it was given."""
+        ap = np.array([matches.average_precision() for matches in matched.values()])
+        return cls(np.asarray(tiou), tuple(matched), ap.reshape(-1, len(tiou)).T)
+
     @property
     def mAP(self) -> Floats:  # noqa: N802  # the field's name
         """(thresholds,) Mean over the classes."""
@@ -113,9 +119,8 @@ def evaluate(
     Raises:
         AnnotationError: the annotations have no such subset, or it has no actions.
     """
-    found = match(truth, results, subset=subset, tiou=tiou, drop_duplicates=drop_duplicates)
-    ap = np.array([matches.average_precision() for matches in found.values()]).reshape(-1, len(tiou)).T
-    return Evaluation(np.asarray(tiou), tuple(found), ap)
+    matched = match(truth, results, subset=subset, tiou=tiou, drop_duplicates=drop_duplicates)
+    return Evaluation.of(matched, tiou)
 
 
 def match(

@@ -1,4 +1,7 @@
-"""`python -m examples.re2tal.report`: the page of a file of predictions."""
+"""Draw a file of predictions as one HTML page.
+
+python -m examples.re2tal.report GROUND_TRUTH.json PREDICTIONS.json report.html --videos data/synthetic/videos
+"""
 
 from __future__ import annotations
 

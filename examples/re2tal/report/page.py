@@ -1,7 +1,5 @@
 """An evaluation as one self-contained HTML page: how good, at what, why not better, and what it looks like in videos.
 
-    python -m examples.re2tal.report GROUND_TRUTH.json PREDICTIONS.json report.html --videos data/synthetic/videos
-
 `template.html`, `style.css` and `script.js` lie beside this file; the page loads nothing. What it draws is in it as
 JSON, and `script.js` draws it.
 """
@@ -64,8 +62,7 @@ def write_report(
         The evaluation.
     """
     found = match(truth, results, subset=subset, tiou=tiou)
-    ap = np.array([matches.average_precision() for matches in found.values()]).reshape(-1, len(tiou)).T
-    evaluation = Evaluation(np.asarray(tiou), tuple(found), ap)
+    evaluation = Evaluation.of(found, tiou)
     middle = float(tiou[np.abs(tiou - 0.5).argmin()])
     data = {
         "tiou": [round(float(t), 4) for t in tiou],
