@@ -27,7 +27,7 @@ from examples.re2tal.training.pretraining import pretrain
 from examples.re2tal.training.trainer import Trainer
 from tests.re2tal import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALONE = World(0, 1, torch.device("cpu"))
 COMPARED = ("loss", "classification", "regression", "gradient_norm", "lr")
 

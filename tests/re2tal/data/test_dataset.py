@@ -9,7 +9,7 @@ from examples.re2tal.data.annotations import Action, AnnotatedVideo, Annotations
 from examples.re2tal.data.dataset import Clips, collate
 from examples.re2tal.data.video import open_video
 from examples.re2tal.errors import Re2TALError
-from tests.re2tal.conftest import PICTURES, write
+from tests.re2tal.data.conftest import PICTURES, write
 
 RATE = 12
 DURATION = PICTURES / RATE

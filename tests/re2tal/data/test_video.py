@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from examples.re2tal.data.video import VideoError, open_video, shown_at
 from examples.re2tal.errors import Re2TALError
-from tests.re2tal.conftest import PICTURES, decoded, turned, write
+from tests.re2tal.data.conftest import PICTURES, decoded, turned, write
 
 KINDS = ["constant rate", "varying rate", "edit list"]
 

@@ -20,7 +20,7 @@ from examples.re2tal.training.logs import history
 from examples.re2tal.training.setup import annotations_of, clips_of, trained
 from tests.re2tal import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
