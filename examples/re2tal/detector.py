@@ -27,7 +27,7 @@ class Detector(nn.Module):
 
     Args:
         backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps). One that has
-            nothing to train is always as in evaluation.
+            nothing to train stays in evaluation mode.
         head: From features (batch, channels, positions) to predictions.
         positions: How many the head is given; features of fewer or more steps are interpolated.
         mean: Of the pixels of each colour, from 0 to 1.
@@ -66,7 +66,7 @@ class Detector(nn.Module):
         return predictions
 
     def train(self, mode: bool = True) -> Detector:
-        """As any module; what is frozen stays as in evaluation."""
+        """As for any module, but what is frozen stays in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()

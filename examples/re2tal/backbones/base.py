@@ -12,8 +12,8 @@ from examples.re2tal.errors import Re2TALError
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of the pixels of each colour."""
 
 
 class Backbone(nn.Module):

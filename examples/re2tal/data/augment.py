@@ -37,6 +37,6 @@ class Change:
         """The changed clip; torch's generator goes on as if nothing was drawn."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # torchvision draws once for a Video; it would also for a batch, but only this says so
+            # as a Video, so that one random draw holds for all pictures
             changed: Tensor = self._together(tv_tensors.Video(frames))
             return changed.as_subclass(Tensor)

@@ -192,7 +192,7 @@ class Clips(Dataset[Clip]):
         except VideoError as error:
             failure = error.path, error.reason
         if self.training:
-            # the next that can be read, so that a step has as many clips as the others
+            # the next video that can be read takes the place, so that every step has the same number of clips
             for other in range(index + 1, index + len(self)):
                 video, view = self._items[other % len(self)]
                 try:
@@ -232,7 +232,7 @@ class Clips(Dataset[Clip]):
 
 
 def collate(clips: Sequence[Clip]) -> Batch:
-    """Clips side by side; those without pictures are left out, and told in `skipped`."""
+    """Clips side by side; those without pictures are left out, and listed in `skipped`."""
     there = [clip for clip in clips if len(clip.frames)]
     skipped = [clip.skipped for clip in clips if clip.skipped is not None]
     return Batch(

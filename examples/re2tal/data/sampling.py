@@ -27,7 +27,11 @@ KEPT = 0.75
 """How much of an action must lie in a random window for the action to be one of it (ActionFormer)."""
 
 _TRIES = 200
+"""How many random windows are drawn at most until one has an action in it."""
+
 _SHORTEST = 0.9
+"""The least part of a short video that training shows of it."""
+
 _EPSILON = 1e-9
 
 
@@ -144,7 +148,7 @@ def clipped(segments: Floats, positions: int, kept: float = KEPT) -> tuple[NDArr
 
 def _length(duration: float, rate: float, frames: int, positions: int) -> int:
     """How many positions a video has."""
-    # a length of 10 s at 5 positions a second is 50 of them, also where rounding has left 50.000000001
+    # 10 s at 5 positions a second are 50 of them, also where rounding has left 50.000000001
     return max(1, int(np.ceil(duration * rate * positions / frames - _EPSILON)))
 
 

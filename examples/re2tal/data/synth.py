@@ -28,9 +28,11 @@ CLASSES = ("bounce", "flash", "spin")
 SUBSETS = ("training", "validation")
 SIDE = 96
 RATES = (10, 15, 20)
+# seconds: how long videos and actions last, and the least time between actions
 LENGTHS = (20.0, 40.0)
 _ACTION = (2.0, 6.0)
 _GAP = 1.0
+# times a second
 _FLASHES = 2.5
 _BOUNCES = 0.9
 _TURNS = 0.3

@@ -36,6 +36,7 @@ _WHOLE = 0.98
 """A file that ends before this part of the length it declares was cut off."""
 
 _TICK = 1e-6
+"""Seconds: a moment that rounding has left this little before a picture means that picture."""
 
 
 class VideoError(Re2TALError):
@@ -168,7 +169,8 @@ class PyAVReader(VideoReader):
         wanted, places = np.unique(chosen, return_inverse=True)
         with _named(self._path):
             for number, frame in enumerate(self._frames(self._index.pts[wanted])):
-                turns = round(frame.rotation / 90) % 4  # a phone's picture lies on its side, and says so
+                # phones store pictures lying on their side, and the rotation with them
+                turns = round(frame.rotation / 90) % 4
                 if not number:
                     # one array for all: fresh arrays for every picture cost more in page faults than the decoding
                     shape = size or (own[::-1] if turns % 2 else own)
@@ -243,7 +245,7 @@ class TorchCodecReader(VideoReader):
         from torchvision.transforms.v2.functional import resize
 
         try:
-            # a list would do, but for an empty one, whose type it cannot tell
+            # as a tensor, because torchcodec cannot tell the type of an empty list
             pictures = self._decoder.get_frames_at(torch.from_numpy(chosen)).data
         except (RuntimeError, IndexError) as error:
             raise VideoError(self._path, str(error).strip().splitlines()[0]) from None
@@ -288,7 +290,7 @@ def _opened(path: Path) -> InputContainer:
         raise VideoError(path, "there is no such file")
     if not path.stat().st_size:
         raise VideoError(path, "it is empty")
-    # a title that is no UTF-8 keeps nobody from reading the pictures
+    # a title that is not UTF-8 must not keep the pictures from being read
     return av.open(str(path), metadata_errors="replace")
 
 

@@ -29,9 +29,9 @@ def spread(detector: Detector, world: World, parallel: Parallel) -> nn.Module:
     if world.size == 1:
         return detector
     if parallel == "ddp":
-        # buffers are agreed on after each step, where the averaged weights follow them, also when sharded
+        # the trainer shares buffers itself, by World.agree: FSDP2 never does, and averages are taken after it
         return DistributedDataParallel(detector, broadcast_buffers=False, gradient_as_bucket_view=True)
-    # streams between rewired blocks are not to be cast to the parameters' dtype
+    # what travels between rewired blocks must not be cast to the dtype of the parameters
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in _blocks(detector.backbone):
         fully_shard(block, mp_policy=policy)

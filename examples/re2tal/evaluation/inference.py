@@ -137,7 +137,7 @@ def _windows(
 
 
 def _of_video(before: Detections, config: Config, scores: NDArray[np.float64] | None) -> Detections:
-    """What is left of a video's candidates."""
+    """A video's detections out of its candidates: soft-NMS, then votes and classes of the whole video if set."""
     settings, agnostic = config.evaluation, config.data.class_agnostic
     found = soft_nms(before, sigma=settings.sigma, multiclass=not agnostic, limit=settings.limit)
     if agnostic and settings.voting is not None:

@@ -233,7 +233,7 @@ def _greedy(segments: Floats, actions: Floats | None, tiou: Floats) -> NDArray[n
         return positive
     overlaps = overlap_of(segments[:, None], actions[None])
     lengths = np.diff(segments) + np.diff(actions).T
-    overlaps[(lengths == 0) & (overlaps == 0)] = np.inf  # 0 / 0, see above
+    overlaps[(lengths == 0) & (overlaps == 0)] = np.inf  # 0 / 0, see the module
     # the official code goes through actions by argsort()[::-1]: of equal tIoU the later first
     orders = np.argsort(overlaps, axis=1, kind="stable")[:, ::-1]
     thresholds = np.arange(len(tiou))

@@ -88,7 +88,7 @@ class Head(nn.Module):
             label_smoothing,
         )
         self.classify = Tower(channels, classes, depth, bias=-math.log((1 - _PRIOR) / _PRIOR))
-        # distances go through a ReLU: from a bias of zero half of them would start without a gradient, and may stay so
+        # distances go through a ReLU: with a bias of zero half of them would begin below it, without a gradient
         self.regress = Tower(channels, 2, depth, bias=1.0)
         self.scales = nn.Parameter(torch.ones(levels))
         self.register_buffer("normalizer", torch.tensor(float(normalizer)))

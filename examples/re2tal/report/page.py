@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from examples.re2tal.evaluation.metrics import Matches
     from examples.re2tal.evaluation.postprocess import Detections
 
-_SHOWN = 8
-_THUMBNAILS = 8
-_LEAST = 0.1
-_CORNERS = 80
-_HIGH = 72
+_SHOWN = 8  # videos on the page
+_THUMBNAILS = 8  # pictures of each
+_HIGH = 72  # pixels, of a picture
+_LEAST = 0.1  # score of a detection that is shown
+_CORNERS = 80  # of a curve: more cannot be told apart
 
 
 def write_report(

@@ -62,7 +62,7 @@ class Log:
         """Tell of an optimizer step."""
         if not self._enabled:
             return
-        # JSON has no infinity, which the gradients of a step that fp16 skips have
+        # JSON has no infinity, which is the gradient norm of a step that fp16 skips
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **told}) + "\n")
         self._file.flush()

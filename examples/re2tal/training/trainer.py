@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = "config.yaml"
 
-# what may be another when a run goes on: it changes where and how fast it runs, not what it computes
+# settings that may differ when a run goes on: they change where it writes and how fast it is, not what it computes
 _FREE = ("output", "loader", "checkpoint_every", "keep")
 
 
@@ -80,7 +80,7 @@ class Trainer:
             _same_run(config)
         self.annotations = annotations_of(config)
         self.clips = clips_of(config, self.annotations, training=True)
-        # what evaluation lacks is told now, not after hours of training
+        # built now, so that what evaluation lacks is an error now, not after hours of training
         self.held_out = clips_of(config, self.annotations, training=False)
         video_scores(config.evaluation, self.annotations.classes, self.held_out)
         self.detector = detector_of(config, len(self.annotations.classes), weights=state is None, head=head)
