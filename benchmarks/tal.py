@@ -29,11 +29,11 @@ from rich.table import Table
 import revwire
 from benchmarks.shared import result_files, terminal
 from examples.re2tal.config import Config, read_config
-from examples.re2tal.distributed import World
-from examples.re2tal.logs import Log
-from examples.re2tal.memory import lay_out
-from examples.re2tal.setup import backbone_of
-from examples.re2tal.trainer import Trainer
+from examples.re2tal.distributed.world import World
+from examples.re2tal.training.logs import Log
+from examples.re2tal.training.setup import backbone_of
+from examples.re2tal.training.strategy import lay_out
+from examples.re2tal.training.trainer import Trainer
 from revwire.measure.step import mean_square, measure_step
 
 if TYPE_CHECKING:

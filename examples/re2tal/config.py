@@ -34,7 +34,7 @@ class Data(Section):
     """The data set."""
 
     annotations: Path
-    """The annotation file, in any dialect of `examples.re2tal.annotations`."""
+    """The annotation file, in any dialect of `examples.re2tal.data.annotations`."""
     videos: Path
     """Folder of the video files."""
     classes: Path | None = None
@@ -86,7 +86,7 @@ class Backbone(Section):
     """From pictures to features."""
 
     name: str
-    """One of `examples.re2tal.backbones.NAMES`."""
+    """One of `examples.re2tal.backbones.build.NAMES`."""
     weights: str | None = None
     """What its source calls its pretrained weights, or a file; random weights if not given."""
     freeze_batch_norm: bool = False
@@ -122,7 +122,7 @@ class Head(Section):
     """From features to predictions."""
 
     name: str = "actionformer"
-    """One of `examples.re2tal.heads.NAMES`."""
+    """One of `examples.re2tal.heads.build.NAMES`."""
     options: dict[str, Any] = {}
     """Further arguments of the head."""
 
@@ -179,7 +179,7 @@ class Evaluating(Section):
     voting: float | None = Field(None, gt=0, le=1)
     """Least tIoU of a vote for a boundary, in class-agnostic detection; no voting if not given."""
     video_classes: Path | None = None
-    """Scores of whole videos by another network, see `examples.re2tal.postprocess`."""
+    """Scores of whole videos by another network, see `examples.re2tal.evaluation.postprocess`."""
     video_rule: Literal["product", "sqrt"] = "product"
     """How its scores are joined with the detections'."""
     every: int = Field(0, ge=0)

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from examples.re2tal.dataset import Batch
-    from examples.re2tal.heads import Head, Losses, Predictions
+    from examples.re2tal.data.dataset import Batch
+    from examples.re2tal.heads.base import Head, Losses, Predictions
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What autocast runs a detector in, by the setting `optim.amp`."""
 
 
 class Detector(nn.Module):
@@ -24,7 +27,7 @@ class Detector(nn.Module):
 
     Args:
         backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps). One that has
-            nothing to train is always as in evaluation.
+            nothing to train stays in evaluation mode.
         head: From features (batch, channels, positions) to predictions.
         positions: How many the head is given; features of fewer or more steps are interpolated.
         mean: Of the pixels of each colour, from 0 to 1.
@@ -50,7 +53,7 @@ class Detector(nn.Module):
         self.backbone, self.head, self.positions = backbone, head, positions
         self._frozen = [m for m in backbone.modules() if freeze_batch_norm and isinstance(m, _BatchNorm)]
         for module in self._frozen:
-            module.requires_grad_(False)  # torch's own signature
+            module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
             self._frozen = [backbone]
         self.train(self.training)
@@ -62,8 +65,8 @@ class Detector(nn.Module):
         predictions: Predictions = self.head(self.features(frames), mask)
         return predictions
 
-    def train(self, mode: bool = True) -> Detector:  # torch's own signature
-        """As any module; what is frozen stays as in evaluation."""
+    def train(self, mode: bool = True) -> Detector:
+        """As for any module, but what is frozen stays in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()

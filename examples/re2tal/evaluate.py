@@ -7,38 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path  # noqa: TC003  # typer reads the annotations
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from examples.re2tal.annotations import read_annotations
 from examples.re2tal.config import thresholds
+from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.metrics import Evaluation, evaluate, recall_at
-from examples.re2tal.postprocess import read_submission
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
-def table_of(evaluation: Evaluation, *, by_class: bool = False) -> Table:
-    """MAP at each threshold, and the average precision of each class."""
-    table = Table(title=f"average precision by tIoU, {len(evaluation.classes)} classes", title_justify="left")
-    table.add_column("class")
-    for threshold in evaluation.tiou:
-        table.add_column(f"{threshold:.2f}", justify="right")
-    table.add_column("average", justify="right", style="bold")
-    for i, name in enumerate(evaluation.classes if by_class else ()):
-        table.add_row(name, *_cells(evaluation.ap[:, i]), end_section=i + 1 == len(evaluation.classes))
-    table.add_row("mAP", *_cells(evaluation.mAP))
-    return table
-
-
-def _cells(values: NDArray[np.float64]) -> list[str]:
-    return [f"{value:.4f}" for value in (*values, values.mean())]
+from examples.re2tal.evaluation.metrics import evaluate, recall_at
+from examples.re2tal.evaluation.postprocess import read_submission
+from examples.re2tal.report.table import table_of
 
 
 def main(

@@ -17,13 +17,13 @@ import typer
 from rich.console import Console
 
 from examples.re2tal.config import Config, read_config
-from examples.re2tal.distributed import joined
+from examples.re2tal.distributed.world import joined
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.evaluate import table_of
-from examples.re2tal.logs import Log, history
-from examples.re2tal.postprocess import write_submission
-from examples.re2tal.report import write_report
-from examples.re2tal.trainer import Outcome, Trainer
+from examples.re2tal.evaluation.postprocess import write_submission
+from examples.re2tal.report.page import write_report
+from examples.re2tal.report.table import table_of
+from examples.re2tal.training.logs import Log, history
+from examples.re2tal.training.trainer import Outcome, Trainer
 from revwire.errors import RevwireError
 
 

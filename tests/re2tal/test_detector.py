@@ -2,13 +2,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from examples.re2tal.backbones import build_backbone
-from examples.re2tal.dataset import Batch
+from examples.re2tal.backbones.build import build_backbone
+from examples.re2tal.data.dataset import Batch
+from examples.re2tal.data.sampling import TimeGrid
 from examples.re2tal.detector import Detector, candidates
-from examples.re2tal.heads import Predictions, build_head
+from examples.re2tal.heads.base import Predictions
+from examples.re2tal.heads.build import build_head
 from examples.re2tal.heads.classification import SegmentClassifier
 from examples.re2tal.heads.points import points_of
-from examples.re2tal.sampling import TimeGrid
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 

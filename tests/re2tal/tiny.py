@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from examples.re2tal import synth
 from examples.re2tal.config import Config
+from examples.re2tal.data import synth
 
 OPTIONS = {"channels": 16, "levels": 3, "stem": 1}
 
 
 def data(folder: Path, training: int = 8, held_out: int = 4) -> Path:
-    """Videos and annotations, as `examples.re2tal.synth` makes them."""
+    """Videos and annotations, as `examples.re2tal.data.synth` makes them."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     wanted = synth.videos(training, held_out, 0)
     database = {video.id: synth.make(video, folder / "videos") for video in wanted}

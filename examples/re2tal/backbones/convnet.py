@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from examples.re2tal.backbones import Backbone
+from examples.re2tal.backbones.base import Backbone
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """MViTv2-S (Li et al., CVPR 2022) from torchvision, which takes 16 pictures of 224 x 224 and nothing else.
 
-A longer clip goes through it in pieces of 16 pictures, as those of AdaTAD do; each makes 8 steps.
+A longer clip goes through it in pieces of 16 pictures, as in AdaTAD; each piece makes 8 steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models import video
 
-from examples.re2tal.backbones import Backbone, pieces, rejoined
+from examples.re2tal.backbones.base import Backbone, pieces, rejoined
 
 if TYPE_CHECKING:
     from torch import Tensor

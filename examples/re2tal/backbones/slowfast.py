@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from examples.re2tal.backbones import Backbone, needs
+from examples.re2tal.backbones.base import Backbone, needs
 from examples.re2tal.errors import Re2TALError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchvision.models import video
 
-from examples.re2tal.backbones import Backbone
+from examples.re2tal.backbones.base import Backbone
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """VideoMAE (Tong et al., NeurIPS 2022) from transformers, whose table of positions is for 16 pictures.
 
-A longer clip goes through it in pieces of 16 pictures, as those of AdaTAD do; each makes 8 steps.
+A longer clip goes through it in pieces of 16 pictures, as in AdaTAD; each piece makes 8 steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.re2tal.backbones import Backbone, needs, pieces, rejoined
+from examples.re2tal.backbones.base import Backbone, needs, pieces, rejoined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class VideoMAE(Backbone):
         super().__init__()
         config = model.config
         self.model = model
-        # a plain attribute there: it would stay behind when the model moves, and be copied over at every step
+        # transformers keeps the table as a plain attribute, which does not move to the GPU with the model
         table = vars(model.embeddings).pop("position_embeddings", None)
         if table is not None:
             model.embeddings.register_buffer("position_embeddings", table, persistent=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.re2tal.backbones import Backbone, needs
+from examples.re2tal.backbones.base import Backbone, needs
 
 if TYPE_CHECKING:
     from torch import Tensor

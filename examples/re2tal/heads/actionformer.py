@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from examples.re2tal.heads import Head
+from examples.re2tal.heads.base import Head
 from examples.re2tal.heads.layers import TransformerBlock
 from examples.re2tal.heads.pyramid import Pyramid
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from examples.re2tal.heads import Losses
+from examples.re2tal.heads.base import Losses
 
 if TYPE_CHECKING:
     from torch import Tensor

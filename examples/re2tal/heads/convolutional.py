@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional
 
-from examples.re2tal.heads import Head
+from examples.re2tal.heads.base import Head
 from examples.re2tal.heads.layers import ChannelNorm, MaskedConv
 from examples.re2tal.heads.pyramid import Pyramid
 

@@ -85,7 +85,7 @@ class LocalAttention(nn.Module):
         place = torch.arange(mask.shape[1], device=mask.device)
         apart = (place[:, None] - place).abs()
         near = apart <= (mask.shape[1] if self.window is None else self.window // 2)
-        # a position beyond the end looks at itself: a softmax over nothing is not a number
+        # a position beyond the end may look at itself, because a softmax over nothing is not a number
         return ((near & mask[:, None, :]) | (apart == 0))[:, None]
 
 

@@ -1,4 +1,7 @@
-"""`python -m examples.re2tal.report`: the page of a file of predictions."""
+"""Draw a file of predictions as one HTML page.
+
+python -m examples.re2tal.report GROUND_TRUTH.json PREDICTIONS.json report.html --videos data/synthetic/videos
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from examples.re2tal.annotations import read_annotations
 from examples.re2tal.config import thresholds
+from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.postprocess import read_submission
-from examples.re2tal.report import write_report
+from examples.re2tal.evaluation.postprocess import read_submission
+from examples.re2tal.report.page import write_report
 
 
 def main(

@@ -1,0 +1,113 @@
+"""From an experiment's settings to what it needs: data set, clips, model; and the model of a run that was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from examples.re2tal.backbones.build import build_backbone
+from examples.re2tal.config import Config, read_config
+from examples.re2tal.data.annotations import read_annotations
+from examples.re2tal.data.dataset import Clips
+from examples.re2tal.detector import Detector
+from examples.re2tal.errors import Re2TALError
+from examples.re2tal.heads.build import build_head
+from examples.re2tal.training.checkpoints import trained_weights
+from examples.re2tal.training.strategy import lay_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from examples.re2tal.backbones.base import Backbone
+    from examples.re2tal.data.annotations import Annotations
+    from examples.re2tal.heads.base import Head
+
+
+def annotations_of(config: Config) -> Annotations:
+    """The data set.
+
+    Raises:
+        Re2TALError: its file is not there, or not as it must be.
+    """
+    if not config.data.annotations.is_file():
+        raise Re2TALError(
+            f"there is no file {config.data.annotations}; give data.annotations=FILE and data.videos=FOLDER, or make "
+            "the synthetic set: python -m examples.re2tal.synth data/synthetic"
+        )
+    return read_annotations(config.data.annotations, classes=config.data.classes, blocked=config.data.blocked)
+
+
+def clips_of(config: Config, annotations: Annotations, *, training: bool) -> Clips:
+    """The clips to train on, or to evaluate."""
+    data, clip = config.data, config.clip
+    augment: Any = clip.augment.model_dump()
+    return Clips(
+        annotations,
+        data.train if training else data.evaluate,
+        data.videos,
+        sampling=clip.sampling,
+        frames=clip.frames,
+        positions=clip.positions,
+        size=clip.size,
+        rate=clip.rate,
+        overlap=clip.overlap,
+        training=training,
+        seed=config.seed,
+        class_agnostic=data.class_agnostic,
+        missing_ok=data.missing_ok,
+        decoder=data.decoder,
+        augment=augment,
+    )
+
+
+def backbone_of(config: Config, *, weights: bool = True) -> Backbone:
+    """The backbone as it is built, with its pretrained weights if they are wanted."""
+    name, given = config.backbone.name, config.backbone.weights if weights else None
+    return build_backbone(name, weights=given, **config.backbone.options)
+
+
+def detector_of(
+    config: Config, classes: int, *, weights: bool = True, head: Callable[[int, int], Any] | None = None
+) -> Detector:
+    """The model, its backbone laid out as `config.memory` says.
+
+    Args:
+        config: The experiment.
+        classes: How many the data set has.
+        weights: Load the backbone's pretrained weights; not needed where a checkpoint is loaded.
+        head: Makes another head than `config.head` from the numbers of channels and classes.
+    """
+    torch.manual_seed(config.seed)
+    backbone = backbone_of(config, weights=weights)
+    classes = 1 if config.data.class_agnostic else classes
+    made = head(backbone.channels, classes) if head is not None else _head(config, backbone.channels, classes)
+    mean, std = backbone.mean, backbone.std
+    example = torch.randn(config.optim.batch, 3, config.clip.frames, *config.clip.size)
+    laid_out = lay_out(backbone, example, strategy=config.memory.strategy, **config.memory.dials())
+    return Detector(
+        laid_out,
+        made,
+        positions=config.clip.positions,
+        mean=mean,
+        std=std,
+        freeze_batch_norm=config.backbone.freeze_batch_norm,
+    )
+
+
+def trained(run: Path) -> tuple[Config, tuple[str, ...], Detector]:
+    """The settings, classes and model of a run, with its averaged weights.
+
+    Raises:
+        Re2TALError: the folder holds none.
+    """
+    weights, config = trained_weights(run), read_config(run / "config.yaml")
+    classes = annotations_of(config).classes
+    detector = detector_of(config, len(classes), weights=False)
+    detector.load_state_dict(weights)
+    return config, classes, detector
+
+
+def _head(config: Config, channels: int, classes: int) -> Head:
+    return build_head(config.head.name, in_channels=channels, classes=classes, **config.head.options)
