@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from revwire.run.slices import Slices
 
 
+BACKWARD_INSIDE = "it runs a backward pass of its own inside forward, which cannot be run again"
+
+
 @dataclass(eq=False, slots=True)
 class Branch:
     """One step's residual branch as a function of the trunk and its side inputs, and the modules it runs.
@@ -199,7 +202,7 @@ def _redeem(packed: Tensor | Ticket) -> Tensor:
 
 
 def _no_backward(_: object) -> Tensor:
-    raise ReplayError("a branch runs a backward pass of its own inside forward, which cannot be run again")
+    raise ReplayError(f"a branch: {BACKWARD_INSIDE}")
 
 
 def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:

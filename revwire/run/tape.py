@@ -29,7 +29,7 @@ from torch import Tensor
 
 from revwire._torch import at_end_of_backward, backward_pass
 from revwire.errors import ReplayError
-from revwire.run.branch import BranchRun
+from revwire.run.branch import BACKWARD_INSIDE, BranchRun
 from revwire.run.kept import Kept
 from revwire.run.reconstruct import Reconstruction
 
@@ -235,7 +235,8 @@ class Link:
         """`(x[i], x[i+1])`: from the step after this one, or from the end of the chain, if it is the `last` to ask."""
         if self.next is not None:
             return now.pairs.pop(self.next.position)
-        assert self.end is not None
+        if self.end is None:
+            raise ReplayError(f"{self.branch.name}: {BACKWARD_INSIDE}")
         for kept in self.end:
             if kept is not None:
                 kept.check()
