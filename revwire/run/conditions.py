@@ -1,7 +1,9 @@
 """The conditions a branch ran under, so that running it again in backward is the same run.
 
-Random state (only where the branch drew numbers; the generators end where plain training leaves them), autocast, the
-weights (the very tensors of the forward, unchanged) and buffers (BatchNorm statistics move once, in the forward).
+Noted in forward and put back for the second run: random state (only where the branch drew numbers; the generators end
+where plain training leaves them), autocast, train or eval mode, plain values that modules replaced. The second run has
+the very weights and buffers of the forward, and raises if they were changed in place; BatchNorm statistics move once,
+in the forward.
 """
 
 from __future__ import annotations
