@@ -8,9 +8,6 @@ import functools
 
 import pytest
 import torch
-from couplings import kept
-from nets import WIDTH, assert_same, gradients, loss, recur
-from pictures import Pictures, rewired
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -20,6 +17,9 @@ from torch.utils.checkpoint import (
 )
 
 import revwire
+from tests.helpers.couplings import kept
+from tests.helpers.nets import WIDTH, assert_same, gradients, loss, recur
+from tests.helpers.pictures import Pictures, rewired
 
 DEPTH = 6
 

@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm
 import torch
-from couplings import kept
-from nets import NETS, assert_same, gradients, loss
-from pictures import vit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import revwire
+from tests.helpers.couplings import kept
+from tests.helpers.nets import NETS, assert_same, gradients, loss
+from tests.helpers.pictures import vit
 
 # torch's own, from inside of dynamo
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

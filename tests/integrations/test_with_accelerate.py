@@ -4,13 +4,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from couplings import kept
-from pictures import Pictures, assert_close, rewired, vit
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.utils.data import DataLoader
 
 import revwire
+from tests.helpers.couplings import kept
+from tests.helpers.pictures import Pictures, assert_close, rewired, vit
 
 
 @pytest.fixture(autouse=True)

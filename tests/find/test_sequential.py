@@ -5,13 +5,13 @@ import copy
 import pytest
 import timm
 import torch
-from couplings import kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import assert_same, gradients, loss
 from torch import nn
 
 import revwire
+from tests.helpers.couplings import kept
+from tests.helpers.nets import assert_same, gradients, loss
 
 CHANNELS = 6
 

@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from agreement import WIDTH, agrees, inputs
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
@@ -14,6 +13,7 @@ import revwire
 from revwire import ReplayError
 from revwire.rewrite.program import Options
 from revwire.rewrite.swap import options_of, with_options
+from tests.helpers.agreement import WIDTH, agrees, inputs
 
 
 class Written(nn.Module):

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from agreement import WIDTH, agrees, assert_replayed_as_kept, inputs
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
+from tests.helpers.agreement import WIDTH, agrees, assert_replayed_as_kept, inputs
 
 
 class FeedForward(nn.Sequential):

@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from branches import Net, Wrapped, agree, linear, mlp, pair, x_of
-from nets import WIDTH, assert_same, loss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revwire
 from revwire import ReplayError
+from tests.helpers.branches import Net, Wrapped, agree, linear, mlp, pair, x_of
+from tests.helpers.nets import WIDTH, assert_same, loss
 
 
 class Recurrent(nn.Module):

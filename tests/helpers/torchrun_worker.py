@@ -7,9 +7,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from couplings import kept
-from nets import NETS
-from pictures import Pictures, vit
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +15,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import DistributedDataParallel
 
 import revwire
+from tests.helpers.couplings import kept
+from tests.helpers.nets import NETS
+from tests.helpers.pictures import Pictures, vit
 
 DEPTH = 4
 BATCH = 8

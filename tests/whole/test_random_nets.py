@@ -6,10 +6,10 @@ import math
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nets import assert_same, gradients, loss
 from torch import nn
 
 import revwire
+from tests.helpers.nets import assert_same, gradients, loss
 
 
 class Act(nn.Module):

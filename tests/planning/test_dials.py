@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from couplings import kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import assert_same, gradients, loss
 from torch import nn
 
 import revwire
 from revwire import ReplayError, RewireError
 from revwire._torch import solely_held
 from revwire.measure.step import LiveBytes
+from tests.helpers.couplings import kept
+from tests.helpers.nets import assert_same, gradients, loss
 
 WIDTH, TOKENS, DEPTH = 8, 6, 4
 

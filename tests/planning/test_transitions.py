@@ -7,10 +7,8 @@ from enum import Enum
 
 import pytest
 import torch
-from couplings import kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Residual, assert_same, gradients, loss, recur
 from torch import nn
 
 import revwire
@@ -18,6 +16,8 @@ from revwire import ReplayError, RewireError
 from revwire.measure.step import LiveBytes
 from revwire.planning.plan import Joined
 from revwire.rewrite.program import PROGRAM
+from tests.helpers.couplings import kept
+from tests.helpers.nets import Residual, assert_same, gradients, loss, recur
 
 CHANNELS = 6
 

@@ -8,13 +8,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from races import Device, Races, Stream
 from torch import nn
 
 import revwire
 from revwire.experimental import overlap
 from revwire.rewrite import program
 from revwire.rewrite.swap import options_of
+from tests.helpers.races import Device, Races, Stream
 
 MODELS = {
     "vit_tiny_patch16_224": ({"img_size": 32, "depth": 4, "embed_dim": 24, "num_heads": 2}, 32),

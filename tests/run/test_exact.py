@@ -4,13 +4,10 @@ import copy
 import math
 import warnings
 
-import couplings
 import pytest
 import torch
-from couplings import RULES, WIDTH, Block, Trunk, kept, rewired
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import gradients, loss
 from torch import nn
 
 import revwire
@@ -21,6 +18,9 @@ from revwire.rewrite.program import Options
 from revwire.rewrite.swap import options_of, plan_of
 from revwire.run.coupling import Weights
 from revwire.run.exact import Watch, _pack, dropped_bits
+from tests.helpers import couplings
+from tests.helpers.couplings import RULES, WIDTH, Block, Trunk, kept, rewired
+from tests.helpers.nets import gradients, loss
 
 
 def x_of(seed=0, batch=4, dtype=torch.float32):

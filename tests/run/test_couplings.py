@@ -4,14 +4,11 @@ import copy
 import math
 import pickle
 
-import couplings
 import pytest
 import timm
 import torch
-from couplings import RULES, WIDTH, Trunk, rewired
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS, assert_same, gradients, loss
 
 import revwire
 from revwire import RewireError
@@ -19,6 +16,9 @@ from revwire.measure.drift import drifts
 from revwire.rewrite.program import Options
 from revwire.rewrite.swap import options_of, set_coupling, with_options
 from revwire.run.coupling import Original, coupling_of
+from tests.helpers import couplings
+from tests.helpers.couplings import RULES, WIDTH, Trunk, rewired
+from tests.helpers.nets import NETS, assert_same, gradients, loss
 
 
 def x_of(seed=0, batch=5, **kwargs):

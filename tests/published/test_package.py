@@ -7,11 +7,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.programs import ROOT
+
 TRACKED = ("revwire", "tests", "benchmarks", "examples", "docs")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.partial.jsonl", "*.revwire.safetensors")
 
@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
         names = {name for name in file.namelist() if not name.endswith("/")}
     info = {name for name in names if ".dist-info/" in name}
     assert names - info == tracked("revwire")
-    for name in ("py.typed", "checkpoint/timm_index.json.gz", "page/template.html", "page/style.css"):
+    for name in ("py.typed", "checkpoint/timm_index.json.gz", "cli/page/template.html", "cli/page/style.css"):
         assert f"revwire/{name}" in names
     assert any(name.endswith("/licenses/LICENSE") for name in info)
 

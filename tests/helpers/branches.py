@@ -4,10 +4,10 @@ import copy
 import random
 
 import torch
-from nets import WIDTH, assert_same, gradients, loss, recur
 from torch import nn
 
 import revwire
+from tests.helpers.nets import WIDTH, assert_same, gradients, loss, recur
 
 
 class Net(nn.Module):

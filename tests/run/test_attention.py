@@ -6,10 +6,8 @@ import math
 import pytest
 import torch
 import torchvision
-from couplings import kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import assert_same, gradients, loss
 from torch import nn
 from torch.nn import functional
 
@@ -18,6 +16,8 @@ from revwire import ReplayError, RewireError
 from revwire.measure.step import LiveBytes
 from revwire.run.attention import AttentionInParts, Scores
 from revwire.run.recipe import parts_of
+from tests.helpers.couplings import kept
+from tests.helpers.nets import assert_same, gradients, loss
 
 WIDTH, HEADS, TOKENS, WINDOWS = 12, 3, 9, 4
 

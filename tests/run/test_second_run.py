@@ -6,14 +6,14 @@ import weakref
 
 import pytest
 import torch
-from branches import Reference, Wrapped, agree, linear, mlp, pair, x_of
-from nets import WIDTH, assert_same, gradients, loss
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import revwire
 from revwire import ReplayError
 from revwire.rewrite.swap import options_of, with_options
+from tests.helpers.branches import Reference, Wrapped, agree, linear, mlp, pair, x_of
+from tests.helpers.nets import WIDTH, assert_same, gradients, loss
 
 # -- buffers and attributes -------------------------------------------------------------------------------------------
 

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from nets import assert_same, gradients
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import revwire
 from revwire.rewrite import compiled
 from revwire.rewrite.swap import options_of
+from tests.helpers.nets import assert_same, gradients
 
 # torch's own, from inside of dynamo
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from nets import WIDTH, Residual, assert_same, gradients, loss, recur
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revwire
 from revwire import RevwireError
+from tests.helpers.nets import WIDTH, Residual, assert_same, gradients, loss, recur
 
 
 class Blocks(nn.Module):

@@ -9,11 +9,11 @@ import weakref
 
 import pytest
 import torch
-from nets import NETS, Reference, assert_same, gradients, loss, pair
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import revwire
+from tests.helpers.nets import NETS, Reference, assert_same, gradients, loss, pair
 
 SEEDS = (0, 1)
 each_net = pytest.mark.parametrize("name", NETS)

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from agreement import WIDTH, agrees, inputs, rewired
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
 from revwire.run.coupling import Original
+from tests.helpers.agreement import WIDTH, agrees, inputs, rewired
 
 
 class AddNorm(nn.Module):

@@ -36,8 +36,8 @@ from revwire.libraries import Architecture
 from revwire.measure.estimate import size_of
 from revwire.measure.strategies import STRATEGIES
 from revwire.run.coupling import coupling_of
+from tests.helpers.programs import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^ *```([^\n`]*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
