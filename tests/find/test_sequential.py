@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import revwire
-from tests.helpers.couplings import kept
-from tests.helpers.nets import assert_same, gradients, loss
+from tests.helpers.nets import Residual, assert_same, x_of
+from tests.helpers.steps import kept, results
 
 CHANNELS = 6
 
@@ -20,13 +20,8 @@ def conv():
     return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = conv()
-
-    def forward(self, x):
-        return x + self.conv(x).tanh()
+def residual():
+    return Residual(conv(), nn.Tanh())
 
 
 class Unchained(nn.Module):
@@ -34,7 +29,7 @@ class Unchained(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.inner = conv(), Residual()
+        self.first, self.inner = conv(), residual()
 
     def forward(self, x):
         return -self.inner(self.first(x))
@@ -47,7 +42,7 @@ CHILDREN = {
     "gelu": nn.GELU,
     "drop": lambda: nn.Dropout(0.2),
     "identity": nn.Identity,
-    "residual": Residual,
+    "residual": residual,
     "block": Unchained,
     "nested": lambda: nn.Sequential(conv(), nn.Tanh(), conv()),
     "narrow": lambda: nn.Sequential(nn.Conv2d(CHANNELS, 2, 1), nn.ReLU(), nn.Conv2d(2, CHANNELS, 1)),
@@ -56,23 +51,17 @@ CHILDREN = {
 BETWEEN = {"norm", "relu", "gelu", "drop", "identity"}
 
 
-def x_of(seed=0, **kwargs):
-    return torch.randn(2, CHANNELS, 5, 5, generator=torch.Generator().manual_seed(seed), **kwargs)
+def noise(seed=0, dtype=torch.float32):
+    return x_of(2, CHANNELS, 5, 5, seed=seed, dtype=dtype)
 
 
-def gradients_of(model, x):
-    torch.manual_seed(1)
-    inner = x.clone().requires_grad_()
-    loss(model(inner)).backward()
-    return [inner.grad, *gradients(model)]
-
-
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from(sorted(CHILDREN)), min_size=2, max_size=9), st.integers(0, 2**31))
 def test_any_sequence_keeps_its_function_and_its_gradients(names, seed):
     torch.manual_seed(seed)
     net = nn.Sequential(*(CHILDREN[name]() for name in names))
-    x = x_of(seed)
+    x = noise(seed)
     if not revwire.plan(net, x, coupling="bdia").chains:
         # two blocks in a row are what it takes
         assert sum(name not in BETWEEN for name in names) < 2
@@ -84,14 +73,14 @@ def test_any_sequence_keeps_its_function_and_its_gradients(names, seed):
     model.load_state_dict(net.state_dict())
     assert torch.equal(net.eval()(x), model.eval()(x))
     model.train()
-    assert_same(gradients_of(kept(copy.deepcopy(model)), x), gradients_of(model, x), tolerance=0)
+    assert_same(results(kept(model), x), results(model, x), tolerance=0)
 
 
 def test_the_recurrence_over_whole_blocks_is_the_one_written_out():
     torch.manual_seed(0)
     blocks = [nn.Sequential(conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU(inplace=True)) for _ in range(3)]
     flat = nn.Sequential(*(child for block in blocks for child in block)).double()
-    x = x_of(dtype=torch.float64)
+    x = noise(dtype=torch.float64)
     model = revwire.rewire(flat, x, coupling=revwire.Dr2Net(0.75, 0.5))
     assert [step.branch for step in revwire.plan_of(model).steps] == [
         ("0", "1", "2"),
@@ -105,8 +94,8 @@ def test_the_recurrence_over_whole_blocks_is_the_one_written_out():
 
 
 def test_residual_additions_come_before_whole_blocks():
-    x = x_of()
-    net = nn.Sequential(conv(), Residual(), conv(), nn.ReLU(), Residual())
+    x = noise()
+    net = nn.Sequential(conv(), residual(), conv(), nn.ReLU(), residual())
     chain = revwire.plan(net, x, coupling="momentum").chains[0]
     assert [(step.name, step.block) for step in chain.steps] == [
         ("(model)#0", True),
@@ -120,13 +109,13 @@ def test_residual_additions_come_before_whole_blocks():
 
 def test_couplings_without_x_i_take_no_whole_blocks():
     net = nn.Sequential(conv(), conv(), conv())
-    assert not revwire.plan(net, x_of()).chains
-    assert len(list(revwire.plan(net, x_of(), coupling="dr2net").steps)) == 3
-    assert not revwire.plan(net, x_of(), coupling="dr2net", exclude="").chains
+    assert not revwire.plan(net, noise()).chains
+    assert len(list(revwire.plan(net, noise(), coupling="dr2net").steps)) == 3
+    assert not revwire.plan(net, noise(), coupling="dr2net", exclude="").chains
 
 
 def test_a_plan_of_blocks_survives_json_and_a_replaced_child_runs():
-    net, x = nn.Sequential(conv(), nn.Tanh(), conv(), nn.Tanh()), x_of()
+    net, x = nn.Sequential(conv(), nn.Tanh(), conv(), nn.Tanh()), noise()
     plan = revwire.plan(net, x, coupling="bdia")
     assert revwire.Plan.from_json(plan.to_json()) == plan
     model = revwire.rewire(net, x, coupling="bdia", plan=plan).eval()
@@ -144,9 +133,10 @@ class Twice(nn.Sequential):
 
 
 def test_a_sequential_with_a_forward_of_its_own_is_no_sequence():
-    assert not revwire.plan(Twice(conv(), conv()), x_of(), coupling="bdia").chains
+    assert not revwire.plan(Twice(conv(), conv()), noise(), coupling="bdia").chains
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg11_bn", "convmixer_768_32"])
 def test_nets_without_residual_chains_of_their_own_are_verified(name):
     model = timm.create_model(name, num_classes=4)

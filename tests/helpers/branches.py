@@ -1,13 +1,13 @@
 """A net of residual branches that are modules of any kind, and its recurrence: the fixture of the replay's tests."""
 
 import copy
-import random
 
 import torch
 from torch import nn
 
 import revwire
-from tests.helpers.nets import WIDTH, assert_same, gradients, loss, recur
+from tests.helpers.nets import WIDTH, loss, recur, x_of
+from tests.helpers.steps import assert_alike
 
 
 class Net(nn.Module):
@@ -30,30 +30,23 @@ class Reference(Net):
         return recur(x, self.branches)
 
 
-def x_of(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape or (4, WIDTH), dtype=torch.float64, generator=generator)
+def noise(seed=0):
+    """What goes through most of these nets."""
+    return x_of(4, WIDTH, seed=seed)
 
 
 def pair(branch, x=None, depth=3):
     torch.manual_seed(0)
     net = Net(*(branch() for _ in range(depth))).double()
     reference = Reference(*copy.deepcopy(net).branches)
-    return reference, revwire.rewire(net, x_of() if x is None else x)
+    return reference, revwire.rewire(net, noise() if x is None else x)
 
 
 def agree(branch, run=lambda net, x: loss(net(x)).backward(), x=None):
-    """`run` leaves the same gradients, buffers, attributes and random states with both."""
+    """`run` leaves the same results, gradients, buffers, modes and random states with both."""
+    x = noise() if x is None else x
     reference, model = pair(branch, x)
-    found = []
-    for net in (reference, model):
-        torch.manual_seed(1)
-        random.seed(1)
-        results = run(net, x_of() if x is None else x)
-        numbers = torch.tensor([random.random()]), torch.rand(1)
-        found.append([*(results or ()), *gradients(net), *net.buffers(), *numbers])
-    assert any(g is not None and g.norm() > 0 for g in gradients(reference))
-    assert_same(*found)
+    assert_alike(reference, model, run, x, seed=1)
     for ours, theirs in zip(model.branches.modules(), reference.branches.modules(), strict=True):
         assert ours.training == theirs.training
     return reference, model

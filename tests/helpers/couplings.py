@@ -8,9 +8,15 @@ from torch import nn
 
 import revwire
 from revwire.rewrite.program import Options
-from revwire.rewrite.swap import options_of, with_options
+from revwire.rewrite.swap import with_options
+from tests.helpers.nets import x_of
 
 WIDTH = 8
+
+
+def noise(batch=4, dtype=torch.float32):
+    """What goes through these nets."""
+    return x_of(batch, 3, WIDTH, dtype=dtype)
 
 
 class Block(nn.Module):
@@ -113,8 +119,3 @@ def rewired(name, net, x, **options):
     """The net rewired with a coupling of `RULES`, without the warnings of float streams that amplify noise."""
     model = revwire.rewire(net, x)
     return with_options(model, Options(RULES[name][0], **options))
-
-
-def kept(model):
-    """The same model with everything kept for backward."""
-    return with_options(model, Options(options_of(model).coupling, False, options_of(model).exact))

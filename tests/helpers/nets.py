@@ -18,6 +18,19 @@ import revwire
 WIDTH = 8
 
 
+def x_of(*shape, seed=0, dtype=torch.float64):
+    """Noise, the same at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def stir(model, mean=0.5):
+    """No weight of one dimension starts at zero or one: a norm or layer scale that is forgotten would not be seen."""
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:
+            nn.init.normal_(parameter, mean, 0.3)
+    return model
+
+
 def recur(x, branches):
     """The recurrence itself."""
     previous = current = x
@@ -65,8 +78,9 @@ def convolutions(dropout=0.0):
     )
 
 
-def vit(dropout=0.0):
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
+def vit(dropout=0.0, depth=2, classes=5):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "num_heads": 3}
+    sizes |= {"depth": depth, "num_classes": classes}
     return timm.create_model("vit_tiny_patch16_224", **sizes, drop_path_rate=dropout, proj_drop_rate=dropout)
 
 
@@ -125,35 +139,41 @@ def of_convnext(net, x):
 
 @dataclass(frozen=True)
 class Net:
-    """One model: how to make it, its recurrence by hand, what it takes, and how many steps its plan must have."""
+    """One model.
+
+    Attributes:
+        make: How to make it.
+        reference: Its recurrence by hand.
+        shape: What it takes.
+        steps: How many steps its plan must have.
+        parts: Two alike parts of its branches.
+        batchnorm: Whether there are any.
+    """
 
     make: Callable[..., nn.Module]
     reference: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     shape: tuple[int, ...]
     steps: int
+    parts: tuple[str, str]
     batchnorm: bool = False
 
     def build(self, dropout=0.0, seed=0):
         """The net in float64 with branches that count: no weight starts at zero or one."""
         torch.manual_seed(seed)
-        net = self.make(dropout).double()
-        for parameter in net.parameters():
-            if parameter.ndim <= 1:
-                nn.init.normal_(parameter, 0.5, 0.3)
-        return net
+        return stir(self.make(dropout).double())
 
     def input(self, seed=0):
-        return torch.randn(
-            self.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + seed)
-        )
+        return x_of(*self.shape, seed=100 + seed)
 
 
 NETS = {
-    "loop": Net(Loop, of_loop, (4, 3, WIDTH), 4),
-    "convolutions": Net(convolutions, of_convolutions, (4, 4, 5, 5), 3, batchnorm=True),
-    "vit": Net(vit, of_vit, (3, 3, 16, 16), 4),
-    "resnet": Net(resnet, of_resnet, (4, 3, 32, 32), 4, batchnorm=True),
-    "convnext": Net(convnext, of_convnext, (3, 3, 32, 32), 5),
+    "loop": Net(Loop, of_loop, (4, 3, WIDTH), 4, ("layers.0.1", "layers.1.1")),
+    "convolutions": Net(convolutions, of_convolutions, (4, 4, 5, 5), 3, ("0.body", "2.body"), batchnorm=True),
+    "vit": Net(vit, of_vit, (3, 3, 16, 16), 4, ("blocks.0.attn", "blocks.1.attn")),
+    "resnet": Net(resnet, of_resnet, (4, 3, 32, 32), 4, ("layer1.1.conv1", "layer1.2.conv1"), batchnorm=True),
+    "convnext": Net(
+        convnext, of_convnext, (3, 3, 32, 32), 5, ("stages.1.blocks.0.mlp", "stages.1.blocks.2.mlp")
+    ),
 }
 
 
@@ -166,6 +186,11 @@ class Reference(nn.Module):
 
     def forward(self, x):
         return self.kind.reference(self.net, x)
+
+
+def net_of(model):
+    """The net itself, also within a `Reference`."""
+    return model.net if isinstance(model, Reference) else model
 
 
 def loss(out):

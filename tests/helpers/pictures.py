@@ -2,15 +2,14 @@
 
 All in float64, so that two ways of computing the same are told from two that differ. A run that stops and goes on must
 give the very losses of one that did not stop; and a run must give, up to rounding, the losses of the same model with
-everything kept for backward (`couplings.kept`), which is plain autograd through the recurrence.
+everything kept for backward (`steps.kept`), which is plain autograd through the recurrence.
 """
 
-import timm
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 import revwire
+from tests.helpers import nets
 
 CLASSES = 4
 SIZE = 16
@@ -32,23 +31,9 @@ class Pictures(Dataset):
 
 
 def vit(dropout=0.1, seed=0, depth=3):
-    """Not rewired yet; no weight of one dimension is zero or one."""
+    """Not rewired yet."""
     torch.manual_seed(seed)
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=SIZE,
-        patch_size=8,
-        embed_dim=12,
-        depth=depth,
-        num_heads=3,
-        num_classes=CLASSES,
-        proj_drop_rate=dropout,
-        drop_path_rate=dropout,
-    ).double()
-    for parameter in model.parameters():
-        if parameter.ndim <= 1:
-            nn.init.normal_(parameter, 0.5, 0.3)
-    return model
+    return nets.stir(nets.vit(dropout, depth, CLASSES).double())
 
 
 def rewired(dropout=0.1, seed=0, **dials):

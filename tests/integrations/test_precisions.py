@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.couplings import kept
 from tests.helpers.nets import NETS, assert_same, gradients, loss, pair
+from tests.helpers.steps import kept
 
 each_net = pytest.mark.parametrize("name", ["vit", "convnext", "resnet"])
 HALVES = [torch.bfloat16, torch.float16]

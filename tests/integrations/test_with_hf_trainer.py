@@ -14,8 +14,8 @@ from transformers import (
 )
 
 import revwire
-from tests.helpers.couplings import kept
 from tests.helpers.pictures import CLASSES, SIZE, Pictures, assert_close
+from tests.helpers.steps import kept
 
 # transformers pins no memory where there is no accelerator, and torch says so
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")

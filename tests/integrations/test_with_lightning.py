@@ -7,8 +7,8 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.utils.data import DataLoader
 
-from tests.helpers.couplings import kept
 from tests.helpers.pictures import Pictures, assert_close, rewired, vit
+from tests.helpers.steps import kept
 
 # advice of Lightning's about workers, and what it calls of torch's
 pytestmark = [

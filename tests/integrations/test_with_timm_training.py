@@ -10,8 +10,8 @@ from timm.models import resume_checkpoint
 from torch.utils.data import DataLoader
 
 import revwire
-from tests.helpers.couplings import kept
 from tests.helpers.pictures import CLASSES, Pictures, assert_close, rewired, vit
+from tests.helpers.steps import kept
 
 EPOCHS = 2
 

@@ -63,6 +63,7 @@ def peak_for_real(model, x, make_optimizer, *, set_to_none=True):
         return meter.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_estimates_are_what_the_step_takes(name):
     model, x = model_of(name), inputs_of(name)
@@ -74,6 +75,7 @@ def test_estimates_are_what_the_step_takes(name):
         assert not found[strategy].failure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50"])
 def test_gradients_that_are_there_before_the_step_count_in_it(name):
     model, x = model_of(name), inputs_of(name, 64)
@@ -93,6 +95,7 @@ def test_gradients_that_are_there_before_the_step_count_in_it(name):
     assert "gradients there before" in str(accumulated)
 
 
+@pytest.mark.slow
 def test_a_forward_that_is_traced_in_the_estimated_step_takes_what_it_takes():
     """transformers' layers read `training`, so the first call in train mode is traced: on fake tensors, for nothing."""
     transformers = pytest.importorskip("transformers")
@@ -106,6 +109,7 @@ def test_a_forward_that_is_traced_in_the_estimated_step_takes_what_it_takes():
     assert found["rewired"].activations < 0.3 * found["plain"].activations
 
 
+@pytest.mark.slow
 def test_nothing_of_the_model_is_touched_and_the_meta_device_says_the_same():
     model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -137,6 +141,7 @@ def test_parts_and_place_of_the_peak():
     assert plain.peak < row.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["plain", "rewired"])
 def test_the_largest_batch_is_the_largest(strategy):
     model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224", 4)
@@ -147,6 +152,7 @@ def test_the_largest_batch_is_the_largest(strategy):
     assert revwire.estimate(model, x, strategies=[strategy], limit="1KiB").rows[0].fits == 0
 
 
+@pytest.mark.slow
 def test_other_dimensions_are_varied_in_multiples_that_the_model_takes():
     model = model_of("convnext_atto")
     limit = revwire.estimate(model, torch.empty(2, 3, 192, 64), strategies=["plain"]).rows[0].peak
@@ -226,7 +232,7 @@ def test_estimates_print_as_a_table():
     assert "│ plain" in printed
 
 
-@pytest.mark.parametrize("share", [1.2, 0.8, 0.6])
+@pytest.mark.parametrize("share", [1.2, pytest.param(0.8, marks=pytest.mark.slow), 0.6])
 def test_a_budget_is_kept_and_used(share, caplog):
     model, x = model_of("vit_tiny_patch16_224", depth=3), inputs_of("vit_tiny_patch16_224", 64)
     plain = revwire.estimate(model, x, strategies=["plain"]).rows[0].peak
@@ -243,6 +249,7 @@ def test_a_budget_is_kept_and_used(share, caplog):
     assert real >= limit * 0.75 or share > 1
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much():
     model, x = model_of("vit_tiny_patch16_224"), inputs_of("vit_tiny_patch16_224")
     with pytest.raises(RewireError, match=r"needs at least .* MiB, .* MiB more than 100\.0 KiB"):
@@ -254,6 +261,7 @@ def test_what_does_not_fit_says_by_how_much():
         revwire.rewire(model, x, budget="1GiB", plan=revwire.plan(model, x))
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_model_whose_branches_cannot_be_cut():
     model, x = model_of("resnet50"), inputs_of("resnet50", 2)
     least = revwire.estimate(model, x, strategies={"": {"transitions": "checkpoint"}}).rows[0].peak
@@ -303,6 +311,7 @@ def test_what_an_anchor_spares_is_counted_from_the_last_saved_tensor():
         assert [spared(residual) for residual in residuals] == [wanted, wanted]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json():
     small = json.dumps(SMALL["vit_tiny_patch16_224"])
     call = [

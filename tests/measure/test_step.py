@@ -1,8 +1,7 @@
-"""The meter against figures worked out by hand, and against the bytes torch's own CPU allocator reports."""
+"""The bytes and seconds of a step against figures worked out by hand, and against torch's own allocator."""
 
 import gc
 import json
-import weakref
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ import revwire
 from revwire._torch import FakeTensorMode
 from revwire.errors import RevwireError
 from revwire.measure.step import (
-    LiveBytes,
     Timing,
     mean_square,
     measure_step,
     time_alternating,
     training_step,
 )
+from tests.helpers.nets import Residual
 
 KIB = 1024  # bytes of torch.ones(256)
 
@@ -56,117 +55,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.norm(self.inner(x)).mean(1))
-
-
-def test_a_tensor_counts_until_it_is_dropped():
-    with LiveBytes() as meter:
-        a = torch.ones(256)
-        assert (meter.live, meter.peak) == (KIB, KIB)
-        b = a + 1
-        assert (meter.live, meter.peak) == (2 * KIB, 2 * KIB)
-        del a
-        assert (meter.live, meter.peak) == (KIB, 2 * KIB)
-        b = b + 1
-        assert (meter.live, meter.peak) == (KIB, 2 * KIB)
-    del b
-    assert meter.live == 0
-
-
-def test_views_and_in_place_results_count_once():
-    with LiveBytes() as meter:
-        a = torch.ones(256)
-        views = [a.view(16, 16).t()[3:], a.detach(), a.add_(1), *a.split(64)]
-        assert meter.live == KIB
-        del a
-        assert meter.live == KIB
-        views.clear()
-        assert meter.live == 0
-
-
-def test_what_was_there_before_never_counts():
-    before = torch.ones(256)
-    with LiveBytes() as meter:
-        views = [before.view(16, 16), before.detach().mul_(2), torch.add(before, 1, out=before)]
-        assert meter.live == 0
-        copy = before.clone()
-        assert meter.live == KIB
-    del before, views, copy
-    assert (meter.live, meter.peak) == (0, KIB)
-
-
-def test_a_tensor_made_from_python_numbers_counts():
-    with LiveBytes() as meter:
-        numbers = torch.tensor([1.0, 2.0])
-        assert meter.live == numbers.nbytes == 8
-
-
-def test_resized_storage_counts_with_its_new_size():
-    with LiveBytes() as meter:
-        a = torch.ones(256)
-        a.resize_(512)
-        assert (meter.live, meter.peak) == (2 * KIB, 2 * KIB)
-        a.untyped_storage().resize_(0)
-        assert meter.live == 0
-
-
-def test_tensors_inside_a_wrapper_subclass_count():
-    from torch.testing._internal.two_tensor import TwoTensor
-
-    given = TwoTensor(torch.ones(256), torch.ones(256))
-    with LiveBytes() as meter:
-        made = given + 1
-        assert meter.live == 2 * KIB
-    del made
-    assert meter.live == 0
-
-
-def test_peak_can_start_again():
-    with LiveBytes() as meter:
-        kept = torch.ones(256)
-        torch.ones(512)
-        assert meter.peak == 3 * KIB
-        meter.reset_peak()
-        assert meter.peak == KIB
-        del kept
-
-
-def test_tensors_saved_by_autograd_count_until_backward_freed_them():
-    x = torch.ones(256, requires_grad=True)
-    x.grad = torch.zeros(256)
-    with LiveBytes() as meter:
-        loss = (2 * x).square().sum()  # square saves 2 * x; its own output is dropped
-        assert (meter.live, meter.peak) == (KIB + 4, 2 * KIB + 4)
-        loss.backward()
-        assert meter.live == 4
-
-
-def test_tensors_kept_on_a_custom_functions_context_count():
-    class Keeps(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.hidden = x * 2  # not through save_for_backward, where saved-tensor hooks would see it
-            return x + 1
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * ctx.hidden
-
-    x = torch.ones(256, requires_grad=True)
-    with LiveBytes() as meter:
-        loss = Keeps.apply(x).sum()
-        assert meter.live == KIB + 4
-        del loss
-        assert meter.live == 0
-
-
-def test_the_meter_holds_nothing_itself():
-    with LiveBytes() as meter:
-        gone = weakref.ref(torch.ones(256))
-    assert gone() is None
-    freed = weakref.ref(meter)
-    del meter
-    gc.collect()
-    assert freed() is None
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 16])
@@ -229,18 +117,13 @@ def test_agrees_with_the_allocator(model, shape, unseen, tmp_path):
     assert 0.95 * peak <= measured.peak + unseen <= peak  # scratch memory inside a kernel is not seen
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.branch = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-
-    def forward(self, x):
-        return x + self.branch(x)
+def block():
+    return Residual(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
 
 
 def test_agrees_with_the_allocator_on_a_rewired_model(tmp_path):
     x = torch.randn(128, 64)
-    model = revwire.rewire(nn.Sequential(*(Residual() for _ in range(8))), x)
+    model = revwire.rewire(nn.Sequential(*(block() for _ in range(8))), x)
     measured = measure_step(model, x)
     held, peak = allocator_bytes(model, x, tmp_path / "trace.json")
     assert held - 64 <= measured.held <= held  # a number that meets a tensor becomes one without an operator

@@ -12,13 +12,9 @@ from torch import nn
 
 import revwire
 from revwire import Chain, Plan, RewireError, Skipped, Step
-
-SMALL_VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}
-
-
-def small_vit():
-    return timm.create_model("vit_tiny_patch16_224", **SMALL_VIT)
-
+from tests.helpers.couplings import Trunk, noise
+from tests.helpers.nets import Residual
+from tests.helpers.vits import small_vit
 
 words = st.text(st.characters(codec="utf-8"), max_size=12)
 steps = st.builds(
@@ -98,7 +94,7 @@ def test_hooks_do_not_fire_while_planning():
     assert not calls
 
 
-@pytest.mark.parametrize("name", ["vgg11", "densenet121"])
+@pytest.mark.parametrize("name", ["vgg11", pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_a_model_without_a_chain_says_so(name):
     model = timm.create_model(name)
     with pytest.raises(RewireError, match="no two residual blocks in a row on one trunk"):
@@ -106,29 +102,24 @@ def test_a_model_without_a_chain_says_so(name):
     assert not any(hasattr(type(module), "revwire_original") for module in model.modules())
 
 
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.body = nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.body(x)
+def block(width=4):
+    return Residual(nn.Linear(width, width))
 
 
 def test_one_step_is_no_chain():
-    plan = revwire.plan(nn.Sequential(Block(4), nn.Linear(4, 8), Block(8)), torch.zeros(2, 4))
+    plan = revwire.plan(nn.Sequential(block(), nn.Linear(4, 8), block(8)), torch.zeros(2, 4))
     assert not plan.chains
     assert [s.module for s in plan.skipped] == ["0", "2"]
-    assert all("stands alone" in s.reason and "test_plan.py:" in s.reason for s in plan.skipped)
+    assert all("stands alone" in s.reason and "nets.py:" in s.reason for s in plan.skipped)
 
 
 def test_inputs_that_are_missing_or_wrong():
     with pytest.raises(RewireError, match="Pass example_inputs"):
-        revwire.plan(nn.Sequential(Block(4), Block(4)))
+        revwire.plan(nn.Sequential(block(), block()))
     with pytest.raises(RewireError, match="does not run on the example inputs"):
-        revwire.plan(nn.Sequential(Block(4), Block(4)), torch.zeros(2, 5))
+        revwire.plan(nn.Sequential(block(), block()), torch.zeros(2, 5))
     with pytest.raises(RewireError, match="a tensor, a tuple or a dict"):
-        revwire.plan(nn.Sequential(Block(4), Block(4)), 3)
+        revwire.plan(nn.Sequential(block(), block()), 3)
     with pytest.raises(
         RewireError, match="unknown coupling 'retal'; known: re2tal, dr2net, momentum, bdia, coupling"
     ):
@@ -136,14 +127,14 @@ def test_inputs_that_are_missing_or_wrong():
 
 
 def test_inputs_as_tuple_and_dict():
-    model, x = nn.Sequential(Block(4), Block(4)), torch.zeros(2, 4)
+    model, x = nn.Sequential(block(), block()), torch.zeros(2, 4)
     wanted = revwire.plan(model, x)
     assert revwire.plan(model, (x,)) == revwire.plan(model, {"input": x}) == wanted
     assert len(wanted.chains[0].steps) == 2
 
 
 def test_include_and_exclude():
-    model = nn.Sequential(*[Block(4) for _ in range(6)])
+    model = nn.Sequential(*[block() for _ in range(6)])
     x = torch.zeros(2, 4)
     plan = revwire.plan(model, x, exclude="2")
     assert [[s.module for s in chain.steps] for chain in plan.chains] == [["0", "1"], ["3", "4", "5"]]
@@ -168,7 +159,7 @@ def test_a_plan_can_be_given():
     plan = revwire.plan(small_vit(), exclude="blocks.0")
     model = revwire.rewire(small_vit(), x, plan=Plan.from_json(plan.to_json()))
     assert revwire.plan_of(model) == plan
-    shallow = timm.create_model("vit_tiny_patch16_224", **{**SMALL_VIT, "depth": 2})
+    shallow = small_vit(depth=2)
     with pytest.raises(RewireError, match=r"has no residual blocks\.2#0"):
         revwire.rewire(shallow, plan=plan)
     assert revwire.plan_of(shallow) is None
@@ -178,7 +169,7 @@ def test_a_residual_inside_anothers_branch_is_left_alone():
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Sequential(Block(4), Block(4))
+            self.inner = nn.Sequential(block(), block())
 
         def forward(self, x):
             return x + self.inner(x).tanh()
@@ -226,19 +217,41 @@ class CachesItsBias(nn.Module):
 
 
 def test_planning_leaves_caches_inside_of_modules_alone():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attn = CachesItsBias()
-
-        def forward(self, x):
-            return x + self.attn(x)
-
-    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 8)
+    model, x = nn.Sequential(*(Residual(CachesItsBias()) for _ in range(2))), torch.randn(2, 8)
     wanted = copy.deepcopy(model).eval()(x)
     assert len(revwire.plan(model, x).chains[0].steps) == 2
-    assert not model[0].attn.cache
-    assert not model[0].attn.calls
+    assert not model[0].body[0].cache
+    assert not model[0].body[0].calls
     report = revwire.verify(model, x)
     assert report.ok, report.to_dict()
     torch.testing.assert_close(model.eval()(x), wanted)
+
+
+def test_a_plan_warns_where_float32_would_not_carry_the_gradients():
+    x, deep = noise(), Trunk(24)
+    (told,) = revwire.plan(deep, x, coupling="bdia").warnings
+    assert "amplifies rounding errors 2 times a step; over 24 steps" in told
+    assert "at most 14 steps" in told
+    assert told in str(revwire.plan(deep, x, coupling="bdia")).replace("\n", " ")
+    assert revwire.Plan.from_json(revwire.plan(deep, x, coupling="bdia").to_json()).warnings == (told,)
+    assert not revwire.plan(deep, x, coupling="bdia", exact=True).warnings
+    assert not revwire.plan(Trunk(12), x, coupling="bdia").warnings
+    with pytest.warns(UserWarning, match="24 steps gradients of float32 streams would be wrong"):
+        revwire.rewire(deep, x, coupling="bdia")
+    with pytest.warns(UserWarning, match="not reversible, so it saves no memory"):
+        revwire.rewire(Trunk(3), x, coupling=revwire.Momentum(0))
+
+
+def test_a_plan_for_another_grid_is_refused():
+    x = noise()
+    plan = revwire.plan(Trunk(2), x, exact=True)
+    with pytest.raises(RewireError, match="pass exact=True"):
+        revwire.rewire(Trunk(2), x, plan=plan)
+    with pytest.raises(RewireError, match="pass exact=True"):
+        revwire.rewire(Trunk(2), x, plan=plan, exact=1)
+    assert revwire.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_prints_coefficients_and_exactness():
+    told = " ".join(str(revwire.plan(Trunk(2), noise(), coupling="bdia", exact=True)).split())
+    assert "2 steps in 1 chain, coupling bdia(gamma=0.5), exact" in told

@@ -1,9 +1,9 @@
 """Children that a frame calls one after the other between chains: they run again as one, from the first one's input."""
 
 import copy
+import functools
 import pickle
 from dataclasses import replace
-from enum import Enum
 
 import pytest
 import torch
@@ -13,79 +13,13 @@ from torch import nn
 
 import revwire
 from revwire import ReplayError, RewireError
-from revwire.measure.step import LiveBytes
 from revwire.planning.plan import Joined
-from revwire.rewrite.program import PROGRAM
-from tests.helpers.couplings import kept
-from tests.helpers.nets import Residual, assert_same, gradients, loss, recur
+from tests.helpers import steps
+from tests.helpers.nets import assert_same, loss
+from tests.helpers.stems import CHANNELS, STEM, TAIL, ByHand, Net, block, conv, net, noise, rewired
+from tests.helpers.steps import kept
 
-CHANNELS = 6
-
-
-def block():
-    return Residual(conv(), nn.BatchNorm2d(CHANNELS), nn.Tanh())
-
-
-class Net(nn.Module):
-    """A stem of siblings, as ResNets have: the frame that calls them has no residual of its own."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
-        self.act1, self.drop1, self.maxpool = nn.ReLU(inplace=True), nn.Dropout(dropout), nn.MaxPool2d(2)
-        self.blocks = nn.Sequential(*(block() for _ in range(3)))
-        self.bn2, self.act2, self.pool = nn.BatchNorm2d(CHANNELS), nn.SiLU(), nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(CHANNELS, 3)
-
-    def stem(self, x):
-        x = self.conv1(x)
-        x = self.bn1(x)
-        self.act1(x)  # as people use it: the old name means the changed tensor
-        return self.maxpool(self.drop1(x))
-
-    def tail(self, x):
-        return self.head(self.pool(self.act2(self.bn2(x))).flatten(1))
-
-    def forward(self, x, bias=None):
-        x = self.stem(x)
-        x = self.blocks(x if bias is None else x + bias)
-        return self.tail(x)
-
-
-class ByHand(nn.Module):
-    """The recurrence of `Net` in plain autograd."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net.tail(recur(self.net.stem(x), [b.body for b in self.net.blocks]))
-
-
-STEM, TAIL = "conv1+bn1+act1+drop1+maxpool", "bn2+act2+pool"
-
-
-def net(dropout=0.0):
-    torch.manual_seed(0)
-    return Net(dropout).double()
-
-
-def x_of(batch=4, size=8):
-    return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def rewired(model, x=None, **options):
-    return revwire.rewire(model, x_of() if x is None else x, transitions="checkpoint", **options)
-
-
-def results(model, x, *args):
-    torch.manual_seed(1)
-    model.zero_grad()
-    value = loss(model(x, *args))
-    value.backward()
-    found = [value.detach(), *gradients(model), *(b.clone() for b in model.buffers()), torch.rand(1)]
-    return [x.grad, *found] if x.requires_grad else found
+results = functools.partial(steps.results, of_input=False)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -94,16 +28,12 @@ def test_gradients_and_statistics_are_those_of_plain_autograd(training, image_wa
     model = rewired(net(0.3))
     assert [run.name for run in revwire.plan_of(model).joined] == [STEM, TAIL]
     plain = ByHand(net(0.3)).train(training)
-    given = [x_of().requires_grad_(image_wants_grad) for _ in range(2)]
-    assert_same(results(plain, given[0]), results(model.train(training), given[1]))
+    found = (steps.results(m, noise(), of_input=image_wants_grad) for m in (plain, model.train(training)))
+    assert_same(*found)
 
 
 _ACTS = st.sampled_from(["relu", "relu_", "silu_", "tanh", "leaky_"])
 _PARTS = st.one_of(_ACTS, st.sampled_from(["conv", "bn", "gn", "drop", "drop_", "identity", "max", "block"]))
-
-
-def conv(channels=CHANNELS):
-    return nn.Conv2d(channels, CHANNELS, 3, padding=1, bias=False)  # whose gradient before a norm is noise
 
 
 def part(kind):
@@ -139,7 +69,7 @@ def test_no_stem_changes_a_gradient(stem, tail, training):
     stem, tail = ([m for kind in kinds for m in (conv(), part(kind))] for kinds in (stem, tail))
     model = nn.Sequential(conv(3), *stem, conv(), *(block() for _ in range(3)), *tail).double()
     model = rewired(model).train(training)
-    assert_same(results(kept(model), x_of()), results(model, x_of()), tolerance=1e-9)
+    assert_same(results(kept(model), noise()), results(model, noise()), tolerance=1e-9)
 
 
 def test_what_is_one_operation_or_changes_its_input_stays():
@@ -147,7 +77,7 @@ def test_what_is_one_operation_or_changes_its_input_stays():
         model = nn.Sequential(nn.Sequential(*stem), *(block() for _ in range(3)), nn.Flatten())
         model[0].append(block())
         model[0].append(block())
-        return [run.name for run in revwire.plan(model, x_of().float(), transitions="checkpoint").joined]
+        return [run.name for run in revwire.plan(model, noise().float(), transitions="checkpoint").joined]
 
     first, bn = conv(3), nn.BatchNorm2d(CHANNELS)
     assert joined(first) == []
@@ -174,7 +104,7 @@ def test_what_is_given_changed_in_training_alone_is_not_run_again():
 def test_hooks_fire_and_children_are_looked_up():
     model, fired = rewired(net()), []
     hook = model.bn1.register_forward_hook(lambda *_: fired.append(torch.is_grad_enabled()))
-    value = loss(model(x_of()))
+    value = loss(model(noise()))
     assert fired == [True]
     value.backward()
     assert fired == [True, True]  # in the second run too
@@ -182,14 +112,14 @@ def test_hooks_fire_and_children_are_looked_up():
     plain = ByHand(net())
     model.act1, plain.net.act1 = nn.LeakyReLU(0.3, inplace=True), nn.LeakyReLU(0.3, inplace=True)
     model.load_state_dict(plain.net.state_dict())
-    assert_same(results(plain, x_of()), results(model, x_of()))
+    assert_same(results(plain, noise()), results(model, noise()))
 
 
 def test_backward_twice_and_gradients_of_gradients():
     plain, model = ByHand(net().eval()), rewired(net()).eval()
     found = []
     for each in (plain, model):
-        x = x_of().requires_grad_()
+        x = noise().requires_grad_()
         value = loss(each(x))
         first = torch.autograd.grad(value, [x, *each.parameters()], create_graph=True)
         penalty = sum(g.square().sum() for g in first)
@@ -199,7 +129,7 @@ def test_backward_twice_and_gradients_of_gradients():
 
 
 def test_images_changed_before_backward_are_found_out():
-    model, images = rewired(net()), x_of()
+    model, images = rewired(net()), noise()
     value = loss(model(images))
     images.add_(1)
     with pytest.raises(ReplayError, match=r"conv1\+bn1.*its input has been modified"):
@@ -208,120 +138,46 @@ def test_images_changed_before_backward_are_found_out():
 
 def test_copies_pickles_and_the_way_back():
     model = rewired(net(0.3))
-    wanted = results(copy.deepcopy(model), x_of())
+    wanted = results(copy.deepcopy(model), noise())
     for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_same(wanted, results(duplicate, x_of()), tolerance=0)
+        assert_same(wanted, results(duplicate, noise()), tolerance=0)
         assert held(duplicate) == held(model)
     classes = [type(module) for module in net().modules()]
     original = revwire.unwire(model)
     original.load_state_dict(net().state_dict())
     assert [type(module) for module in original.modules()] == classes
-    assert_same(results(net(0.3), x_of()), results(original, x_of()), tolerance=0)
+    assert_same(results(net(0.3), noise()), results(original, noise()), tolerance=0)
 
 
-def held(model, *args, images=None):
+def held(model, *args):
     """Bytes held between forward and backward, beside the images."""
-    images = x_of(16) if images is None else images
-    model(images, *args)  # traces what it has to
-    with LiveBytes() as meter:
-        value = loss(model(images, *args))
-        found = meter.live
-        value.backward()
-    return found
+    return steps.held(model, noise(16), *args)[0]
 
 
 def test_the_bytes_of_a_stem_are_gone():
-    without, images = revwire.rewire(net(), x_of()), x_of(16)
-    model = rewired(net())
+    without, model = revwire.rewire(net(), noise()), rewired(net())
     one = 16 * CHANNELS * 8 * 8 * 8  # float64 at full resolution: what conv1, bn1 and act1 make
     # conv's output and the activation's, maxpool's indices; the tail keeps the chain's pair and no merged trunk
-    assert held(without, images=images) - held(model, images=images) > 2 * one
+    assert held(without) - held(model) > 2 * one
 
 
 @pytest.mark.parametrize("first", [None, torch.ones(1, dtype=torch.float64)])
 def test_another_way_of_calling_is_joined_when_it_comes(first):
-    example = x_of() if first is None else (x_of(), first)
-    model, bias = rewired(net(), example), torch.ones(1, dtype=torch.float64)
+    written = []
+
+    class Noted(Net):
+        def forward(self, x, bias=None):
+            written.append(1)
+            return super().forward(x, bias)
+
+    example = noise() if first is None else (noise(), first)
+    model, bias = rewired(Noted().double(), example), torch.ones(1, dtype=torch.float64)
+    written.clear()
     assert abs(held(model, bias) - held(model)) < 16 * CHANNELS * 8 * 8 * 8
-    assert len(model.__dict__[PROGRAM]._variants) == 2
-    assert_same(results(kept(model), x_of(), bias), results(model, x_of(), bias))
-
-
-def test_a_setting_changed_afterwards_counts():
-    class Setting(Net):
-        def __init__(self):
-            super().__init__()
-            self.gain = 1.0
-
-        def forward(self, x):
-            return super().forward(x) * self.gain
-
-    model = rewired(Setting().double()).eval()
-    before, model.gain = model(x_of()), 3.0
-    assert_same([3 * before], [model(x_of())])
-
-
-class Scaled(Net):
-    """Settings of every kind that a forward may read: its own number, a list, an enum's, and a helper's."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain, self.scales, self.mode, self.steps = 1.0, [1.0, 1.0], Mode.ONCE, 0
-
-    def forward(self, x):
-        out = super().forward(x)
-        if self.checked and bool((out > 1e9).any()):
-            raise ValueError("too large")
-        return self.scaled(out)
-
-    def scaled(self, x):
-        return x * self.gain * self.scales[1] * (2 if self.mode is Mode.TWICE else 1)
-
-    checked = False
-
-    def advance(self):
-        self.steps += 1
-
-
-class Mode(Enum):
-    ONCE = 1
-    TWICE = 2
-
-
-def test_settings_of_every_kind_count():
-    model = rewired(Scaled().double()).eval()
-    wanted = model(x_of())
-    for change, factor in (
-        (lambda: setattr(model, "gain", 3.0), 3),
-        (lambda: setattr(model, "scales", [1.0, 2.0]), 6),
-        (lambda: model.scales.__setitem__(1, 4.0), 12),
-        (lambda: setattr(model, "mode", Mode.TWICE), 24),
-        (lambda: setattr(model, "gain", 1.0), 8),
-    ):
-        change()
-        assert_same([factor * wanted], [model(x_of())])
-
-
-def test_what_forward_does_not_read_may_change_at_every_step():
-    model = rewired(Scaled().double())
-    for _ in range(5):
-        model.advance()
-        loss(model(x_of())).backward()
-    # one more than at first: train mode
-    assert len(model.__dict__[PROGRAM]._variants) <= 2
-
-
-def test_a_setting_that_cannot_be_traced_stands_alone():
-    """What was refused is that way of running, not the ones to come."""
-    model = rewired(Scaled().double()).eval()
-    wanted = model(x_of())
-    model.checked = True
-    with pytest.warns(UserWarning, match="cannot be rewired"):
-        model(x_of())
-    model.checked, model.gain = False, 3.0
-    before = len(model.__dict__[PROGRAM]._variants)
-    assert_same([3 * wanted], [model(x_of())])
-    assert len(model.__dict__[PROGRAM]._variants) == before + 1
+    assert (
+        len(written) == 1
+    )  # the code as it was written runs where it is traced, and it is once for the other way
+    assert_same(results(kept(model), noise(), bias), results(model, noise(), bias))
 
 
 def test_what_runs_between_two_siblings_parts_them():
@@ -330,12 +186,12 @@ def test_what_runs_between_two_siblings_parts_them():
     class Drawing(Net):
         def stem(self, x):
             x = self.drop1(self.conv1(x))
-            noise = torch.rand_like(x[:1])
-            return self.maxpool(self.act1(self.bn1(x))) + noise.mean()
+            drawn = torch.rand_like(x[:1])
+            return self.maxpool(self.act1(self.bn1(x))) + drawn.mean()
 
     torch.manual_seed(0)
     model = rewired(Drawing(dropout=0.5).double())
-    assert_same(results(kept(model), x_of()), results(model, x_of()), tolerance=1e-9)
+    assert_same(results(kept(model), noise()), results(model, noise()), tolerance=1e-9)
 
 
 def test_a_call_that_changes_what_enters_runs_as_before():
@@ -349,28 +205,28 @@ def test_a_call_that_changes_what_enters_runs_as_before():
     found = []
     for rewire in (revwire.rewire, rewired):
         torch.manual_seed(0)
-        each = rewire(Changing().double(), x_of())
+        each = rewire(Changing().double(), noise())
         each.conv1.requires_grad_(False)  # its weight's gradient would need the images
-        value = loss(each(x_of(), change=True))
+        value = loss(each(noise(), change=True))
         value.backward()
         found.append([p.grad for p in each.parameters()])
     assert_same(*found)
 
 
 def test_a_plan_keeps_what_is_joined():
-    plan = revwire.plan(net(), x_of(), transitions="checkpoint")
+    plan = revwire.plan(net(), noise(), transitions="checkpoint")
     assert plan.joined[0] == Joined("", ("conv1", "bn1", "act1", "drop1", "maxpool"))
     assert revwire.Plan.from_json(plan.to_json()) == plan
     assert f"run again in backward from their input: {STEM}, {TAIL}" in str(plan)
-    model = revwire.rewire(net(), x_of(), plan=plan)
+    model = revwire.rewire(net(), noise(), plan=plan)
     assert held(model) == held(rewired(net()))
     for wrong in (Joined("", ("conv1", "act1")), Joined("nowhere", ("a", "b")), Joined("blocks", ("0", "1"))):
         with pytest.raises(RewireError, match=r"are no modules beside the chains that .* calls in a row"):
-            revwire.rewire(net(), x_of(), plan=replace(plan, joined=(wrong,)))
+            revwire.rewire(net(), noise(), plan=replace(plan, joined=(wrong,)))
     with pytest.raises(RewireError, match="not a plan"):
         revwire.Plan.from_dict({**plan.to_dict(), "joined": [{"module": "", "steps": []}]})
 
 
 def test_verify_takes_it():
-    report = revwire.verify(rewired(net(0.2).float(), x_of().float()), x_of().float())
+    report = revwire.verify(rewired(net(0.2).float(), noise().float()), noise().float())
     assert report.ok, report

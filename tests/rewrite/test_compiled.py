@@ -1,16 +1,16 @@
 """Branches run by torch.compile: the same gradients, and one compilation for blocks that are alike."""
 
 import copy
+import itertools
 import shutil
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import revwire
-from revwire.rewrite import compiled
 from revwire.rewrite.swap import options_of
+from tests.helpers import compiling
 from tests.helpers.nets import assert_same, gradients
 
 # torch's own, from inside of dynamo
@@ -49,22 +49,15 @@ def net(depth=6):
 @pytest.fixture
 def counter(monkeypatch):
     """Compiles as torch does but for the kernels, which stay torch's own, and counts."""
-    torch._dynamo.reset()
-    counting = CompileCounterWithBackend("aot_eager")
-    compile_with = torch.compile
-
-    def counted(function, **options):
-        return compile_with(function, backend=counting, **options)
-
-    monkeypatch.setattr(compiled.torch, "compile", counted)
-    monkeypatch.setattr(compiled, "_COMPILED", {})
-    yield counting
-    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compiling.counted)
+    yield compiling.fresh()
+    compiling.fresh()
 
 
-@pytest.mark.parametrize(
-    "dials", [{}, {"chunks": 2, "transitions": "checkpoint"}, {"anchor": "*"}, {"keep": 2}]
-)
+DIALS = [{"chunks": 2, "transitions": "checkpoint"}, {"anchor": "*"}, {"keep": 2}]
+
+
+@pytest.mark.parametrize("dials", [{}, *(pytest.param(dials, marks=pytest.mark.slow) for dials in DIALS)])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_are_those_without(counter, dials, training):
     x = torch.randn(5, WIDTH)
@@ -90,16 +83,19 @@ def test_one_compilation_for_blocks_that_are_alike(counter):
     assert 0 < counts[0] == counts[1]
 
 
-def test_blocks_of_another_kind_are_compiled_apart():
-    made = []
-    for width in (16, 24):
-        model = net(3)
-        for block in model:
-            block.inner, block.outer = nn.Linear(WIDTH, width), nn.Linear(width, WIDTH)
-        before = set(compiled._COMPILED)
-        revwire.rewire(model, torch.randn(5, WIDTH), compile=True)
-        made.append(set(compiled._COMPILED) - before)
-    assert len(made[1]) == 1
+def test_blocks_of_another_kind_are_compiled_apart(counter):
+    """A function that serves too many kinds is not compiled any more: each has one of its own."""
+    x, counts = torch.randn(5, WIDTH), [0]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (16, 20, 24, 28):
+            model = net(3)
+            for block in model:
+                block.inner, block.outer = nn.Linear(WIDTH, width), nn.Linear(width, WIDTH)
+            revwire.rewire(model, x, compile=True)(x).sum().backward()
+            counts.append(counter.frame_count)
+    added = [after - before for before, after in itertools.pairwise(counts)]
+    assert len(set(added)) == 1
+    assert added[0] > 0
 
 
 def test_copies_and_loads_are_compiled_too(counter, tmp_path):
@@ -121,10 +117,15 @@ def test_an_estimate_runs_branches_as_they_are(counter):
     assert counter.frame_count == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_real_compiler():
-    x = torch.randn(5, WIDTH)
-    plain, compiled = (revwire.rewire(net(), x, compile=c).eval() for c in (False, True))
+    class Other(Block):
+        """Which no other test has compiled already."""
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*(Other(0.1) for _ in range(3))), torch.randn(5, WIDTH)
+    plain, compiled = (revwire.rewire(copy.deepcopy(net), x, compile=c).eval() for c in (False, True))
     for model in (plain, compiled):
         model(x).square().sum().backward()
     for one, other in zip(gradients(plain), gradients(compiled), strict=True):

@@ -1,6 +1,5 @@
 """A branch runs again in backward: under the conditions of its forward, whatever has changed since, and unnoticed."""
 
-import dataclasses
 import gc
 import weakref
 
@@ -11,9 +10,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import revwire
 from revwire import ReplayError
-from revwire.rewrite.swap import options_of, with_options
-from tests.helpers.branches import Reference, Wrapped, agree, linear, mlp, pair, x_of
-from tests.helpers.nets import WIDTH, assert_same, gradients, loss
+from tests.helpers.branches import Net, Reference, Wrapped, agree, linear, mlp, noise, pair
+from tests.helpers.nets import WIDTH, Residual, assert_same, gradients, loss, x_of
+from tests.helpers.steps import kept
 
 # -- buffers and attributes -------------------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ def test_a_module_that_keeps_its_output_keeps_one_graph_alive():
     gc.disable()
     try:
         for _ in range(4):
-            model(x_of())
+            model(noise())
         assert [ref() is not None for ref in made].count(True) <= 1
     finally:
         gc.enable()
@@ -136,7 +135,7 @@ def test_eval_statistics_that_move_before_backward():
 
     reference, model = pair(lambda: nn.Sequential(linear(), nn.BatchNorm1d(WIDTH), nn.Tanh()))
     for net in (reference, model):
-        run(net, x_of())
+        run(net, noise())
     assert_same(gradients(reference), gradients(model))
 
 
@@ -168,7 +167,7 @@ def test_functional_call_with_other_buffers():
 @pytest.mark.parametrize("train", [True, False])
 def test_a_buffer_changed_in_place_raises(train):
     _, model = pair(Masked)
-    out = loss(model.train(train)(x_of()))
+    out = loss(model.train(train)(noise()))
     model.branches[1].mask.mul_(2)
     with pytest.raises(ReplayError, match=r"Masked\.mask was changed in place between forward and backward"):
         out.backward()
@@ -186,8 +185,8 @@ OPTIMIZERS = {
 def test_an_optimizer_step_before_backward_raises(optimizer):
     _, model = pair(mlp)
     step = OPTIMIZERS[optimizer](model.parameters())
-    loss(model(x_of())).backward()
-    out = loss(model(x_of()))
+    loss(model(noise())).backward()
+    out = loss(model(noise()))
     step.step()
     with pytest.raises(ReplayError, match=r"call backward\(\) before optimizer\.step\(\)"):
         out.backward()
@@ -197,10 +196,28 @@ def test_a_frozen_weight_changed_in_place_raises():
     """Nothing but weights is saved by a frozen linear branch: it is not run again, and must be checked all the same."""
     _, model = pair(linear)
     model.requires_grad_(False)
-    out = loss(model(x_of().requires_grad_()))
+    out = loss(model(noise().requires_grad_()))
     with torch.no_grad():
         model.branches[1].weight.mul_(2)
     with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        out.backward()
+
+
+class Gated(Net):
+    """Its branches are multiplied with something that comes from beside the trunk."""
+
+    def forward(self, x, gate):
+        for branch in self.branches:
+            x = x + branch(x) * gate
+        return x
+
+
+def test_a_side_input_changed_in_place_raises():
+    x, gate = noise(), x_of(WIDTH, seed=1)
+    model = revwire.rewire(Gated(mlp(), mlp(), mlp()).double(), (x, gate))
+    out = loss(model(x, gate))
+    gate.mul_(2)
+    with pytest.raises(ReplayError, match="beside the trunk"):
         out.backward()
 
 
@@ -215,7 +232,7 @@ def test_weights_frozen_or_thawed_before_backward(before):
         return (x.grad,)
 
     reference, model = pair(mlp)
-    found = [[*run(net, x_of()), *gradients(net)] for net in (reference, model)]
+    found = [[*run(net, noise()), *gradients(net)] for net in (reference, model)]
     assert_same(*found)
 
 
@@ -240,9 +257,11 @@ def test_unwired_before_backward():
 
 def test_a_model_cast_before_backward_raises():
     _, model = pair(mlp)
-    out = loss(model(x_of()))
+    out = loss(model(noise()))
     model.float()
-    with pytest.raises(ReplayError):
+    with pytest.raises(
+        ReplayError, match=r"saves a torch\.float32 .* for a torch\.float64 .* not the same run"
+    ):
         out.backward()
 
 
@@ -292,21 +311,12 @@ class FillsACache(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_cache_filled_in_forward_is_filled_again(training):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = FillsACache()
-
-        def forward(self, x):
-            return x + self.body(x)
-
     x = torch.randn(3, 4)
-    model = revwire.rewire(nn.Sequential(Block(), Block(), Block()), x).train(training)
-    plain = with_options(model, dataclasses.replace(options_of(model), replay=False)).train(training)
+    model = revwire.rewire(nn.Sequential(*(Residual(FillsACache()) for _ in range(3))), x).train(training)
+    plain = kept(model)
     for net in (model, plain):
         net(x).square().sum().backward()
-        kept = [block.body.cache["table"] for block in net]
-        assert all(table.grad_fn is not None for table in kept)
+        assert all(block.body[0].cache["table"].grad_fn is not None for block in net)
     for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
         assert wanted.grad.norm() > 0
         torch.testing.assert_close(found.grad, wanted.grad)

@@ -13,41 +13,29 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import revwire
-from tests.helpers.nets import NETS, Reference, assert_same, gradients, loss, pair
+from tests.helpers.nets import NETS, assert_same, gradients, loss, net_of, pair
+from tests.helpers.steps import agree
 
 SEEDS = (0, 1)
 each_net = pytest.mark.parametrize("name", NETS)
 each_seed = pytest.mark.parametrize("seed", SEEDS)
 
 
-def agree(name, run, dropout=0.0, seed=0, *, train=True):
-    """`run(model, x)` on reference and rewired model, from one random state: same results, gradients, state after."""
-    reference, model, x = pair(name, dropout, seed, train=train)
-    found = []
-    for m in (reference, model):
-        torch.manual_seed(seed)
-        results = run(m, x.clone())
-        found.append([*(results or ()), *gradients(m), torch.get_rng_state().double()])
-    assert any(g is not None and g.norm() > 0 for g in gradients(reference)) or results
-    assert_same(*found)
-    return reference, model
-
-
 def layers(model):
-    net = model.net if isinstance(model, Reference) else model
-    return [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [m for m in net_of(model).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def step(model, x):
+    x.requires_grad_()
+    out = model(x)
+    loss(out).backward()
+    return out, x.grad
 
 
 @each_seed
 @each_net
 def test_basic(name, seed):
-    def run(model, x):
-        x.requires_grad_()
-        out = model(x)
-        loss(out).backward()
-        return out, x.grad
-
-    agree(name, run, seed=seed)
+    agree(name, step, seed=seed)
 
 
 @each_net
@@ -79,13 +67,7 @@ def test_a_relu_before_the_chain(name):
 @each_seed
 @each_net
 def test_dropout(name, seed):
-    def run(model, x):
-        x.requires_grad_()
-        out = model(x)
-        loss(out).backward()
-        return out, x.grad
-
-    agree(name, run, dropout=0.4, seed=seed)
+    agree(name, step, dropout=0.4, seed=seed)
 
 
 @each_net
@@ -201,21 +183,11 @@ def test_two_forwards_before_the_backwards_with_dropout(name, order):
     agree(name, _two_forwards(order), dropout=0.4)
 
 
-TIES = {
-    "loop": ("layers.0.1", "layers.1.1"),
-    "convolutions": ("0.body", "2.body"),
-    "vit": ("blocks.0.attn", "blocks.1.attn"),
-    "resnet": ("layer1.1.conv1", "layer1.2.conv1"),
-    "convnext": ("stages.1.blocks.0.mlp", "stages.1.blocks.2.mlp"),
-}
-
-
 @each_net
 def test_tied_branches(name):
     def run(model, x):
-        net = model.net if isinstance(model, Reference) else model
-        one, other = TIES[name]
-        net.set_submodule(other, net.get_submodule(one))
+        one, other = NETS[name].parts
+        net_of(model).set_submodule(other, net_of(model).get_submodule(one))
         loss(model(x)).backward()
 
     agree(name, run)
@@ -297,13 +269,7 @@ def test_no_leak_when_the_graph_is_dropped(name):
 
 @each_net
 def test_eval_with_grad(name):
-    def run(model, x):
-        x.requires_grad_()
-        out = model(x)
-        loss(out).backward()
-        return out, x.grad
-
-    agree(name, run, dropout=0.4, train=False)
+    agree(name, step, dropout=0.4, train=False)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

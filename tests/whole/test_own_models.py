@@ -249,7 +249,7 @@ class Frozen(nn.Module):
 def test_the_first_blocks_do_not_train(how):
     model, x = revwire.rewire(Frozen(how).double(), inputs()), inputs()
     gradients = assert_replayed_as_kept(model.train(), x)
-    assert any(gradient is None for gradient in gradients)
+    assert None in gradients.values()
 
 
 def test_submodules_in_different_modes():

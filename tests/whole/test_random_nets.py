@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import revwire
-from tests.helpers.nets import assert_same, gradients, loss
+from tests.helpers.nets import Residual, assert_same, gradients, loss
 
 
 class Act(nn.Module):
@@ -113,15 +113,6 @@ def programs(draw):
         if draw(st.integers(0, 4)) == 0:
             program.append(("tap",))
     return start, program, names
-
-
-class Residual(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
-
-    def forward(self, x):
-        return x + self.body(x)
 
 
 class Frames(nn.Module):

@@ -1,15 +1,16 @@
 """Hugging Face models: their chains, verified; features, attention maps and generation with a cache; post-norm."""
 
-import dataclasses
 import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import revwire
 from benchmarks.zoo_transformers import ZOO
-from revwire.rewrite.swap import options_of, with_options
+from tests.helpers.nets import stir
+from tests.helpers.steps import kept
+
+pytestmark = pytest.mark.slow
 
 # the whole list is verified by benchmarks/coverage.py; here one of each kind of frame
 SAMPLE = ["bert", "t5", "gpt2", "swin", "dinov3_vit", "timesformer", "wav2vec2"]
@@ -22,14 +23,6 @@ def build(name, seed=0):
     return make(), inputs(2), steps
 
 
-def stir(model):
-    """Norms and layer scales of one would hide a norm that is forgotten."""
-    for parameter in model.parameters():
-        if parameter.ndim <= 1:
-            nn.init.normal_(parameter, 0.8, 0.3)
-    return model
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_all_blocks_are_in_chains(name):
     model, inputs, steps = build(name)
@@ -39,13 +32,13 @@ def test_all_blocks_are_in_chains(name):
 @pytest.mark.parametrize("name", SAMPLE)
 def test_verified(name):
     model, inputs, _ = build(name)
-    report = revwire.verify(stir(model), inputs)
+    report = revwire.verify(stir(model, 0.8), inputs)
     assert report.ok, report.to_dict()
 
 
 def test_post_norm_moves_into_the_branch():
     model, inputs, _ = build("bert")
-    stir(model).eval()
+    stir(model, 0.8).eval()
     layers = model.encoder.layer
     trunk, mask = [], {}
 
@@ -76,7 +69,7 @@ def test_post_norm_moves_into_the_branch():
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2"])
 def test_hidden_states_and_attention_maps_are_the_merged_trunk_s(name):
     model, inputs, _ = build(name)
-    stir(model).eval()
+    stir(model, 0.8).eval()
     model.config._attn_implementation = "eager"
     revwire.rewire(model, inputs)
     trunk = []
@@ -104,7 +97,7 @@ def test_generation_with_a_cache_is_generation_without(name):
         from transformers import WhisperForConditionalGeneration
 
         model = WhisperForConditionalGeneration(model.config)
-    stir(model).eval()
+    stir(model, 0.8).eval()
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
     revwire.rewire(model, inputs)
     prompt = {key: value[:1] for key, value in inputs.items() if key in {"input_ids", "input_features"}}
@@ -128,17 +121,16 @@ def test_generation_with_a_cache_is_generation_without(name):
 def test_a_cache_filled_while_training_is_filled_again_in_the_second_run(name):
     model, inputs, _ = build(name)
     inputs["use_cache"] = True
-    revwire.rewire(stir(model).double(), inputs)
+    revwire.rewire(stir(model, 0.8).double(), inputs)
     gradients = []
-    for replay in (True, False):
-        copy = with_options(model, dataclasses.replace(options_of(model), replay=replay)).train()
+    for net in (kept(model).train(), model.train()):
         torch.manual_seed(1)
-        out = copy(**inputs)
+        out = net(**inputs)
         layers = getattr(out.past_key_values, "self_attention_cache", out.past_key_values).layers
         (out.logits.square().mean() + sum(layer.keys.square().mean() for layer in layers)).backward()
-        gradients.append([p.grad for p in copy.parameters() if p.grad is not None])
-    for replayed, kept in zip(*gradients, strict=True):
-        torch.testing.assert_close(replayed, kept, rtol=1e-9, atol=1e-12)
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    for plain, replayed in zip(*gradients, strict=True):
+        torch.testing.assert_close(replayed, plain, rtol=1e-9, atol=1e-12)
 
 
 def test_the_callers_cache_is_untouched_by_planning():
