@@ -2,8 +2,6 @@
 
 import errno
 import signal
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -13,13 +11,9 @@ from safetensors.torch import load_file, save_file
 import revwire
 from revwire.checkpoint import writer
 from revwire.errors import CheckpointError
+from tests.helpers.programs import python, started
 
 MIB = 2**20
-
-
-def python(code, *arguments, **options):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +40,10 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_file_is_written_within_little_memory(large, tmp_path):
     out = tmp_path / "out.safetensors"
-    done = python(COPY, large, out)
+    done = python("-c", COPY, large, out)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8 + 200
     written = load_file(out)
@@ -56,29 +51,14 @@ def test_a_file_is_written_within_little_memory(large, tmp_path):
     assert all(written[f"t{i}"].eq(i).all() for i in range(50))
 
 
+@pytest.mark.slow
 def test_a_large_tensor_alone_is_not_copied(tmp_path):
     path, out = tmp_path / "one.safetensors", tmp_path / "out.safetensors"
     save_file({"w": torch.ones(75 * MIB)}, path)
-    done = python(COPY, path, out)
+    done = python("-c", COPY, path, out)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 300 + 50
     assert out.stat().st_size == path.stat().st_size
-
-
-def test_the_bytes_are_those_that_safetensors_writes(tmp_path):
-    tensors = {
-        "b.weight": torch.randn(3, 5).half(),
-        "a.weight": torch.randn(7),
-        "ü": torch.randn(2, dtype=torch.float64),
-        "c": torch.randn(2, dtype=torch.complex64),
-        "d": torch.zeros(3, dtype=torch.float8_e4m3fn),
-        "flag": torch.tensor([True]),
-        "n": torch.tensor(7),
-    }
-    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    writer.write(ours, tensors, {"k": "v"})
-    save_file(tensors, theirs, {"k": "v"})
-    assert ours.read_bytes() == theirs.read_bytes()
 
 
 LIMITED = """
@@ -97,9 +77,10 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_refuses_in_the_middle_leaves_nothing(large, tmp_path):
     out = tmp_path / "out.safetensors"
-    done = python(LIMITED, large, out)
+    done = python("-c", LIMITED, large, out)
     assert done.stdout == f"cannot write {out}: File too large\n", done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -148,35 +129,29 @@ def test_a_folder_that_is_read_only(tmp_path):
 
 
 TERMINATED = """
-import sys
-from revwire.cli.app import app
-import revwire
-from revwire.checkpoint import writer
+import os, sys
+from revwire.cli.app import main
 
-whole = writer._bytes_of
+def slowly(_):
+    print("writing", flush=True)
+    sys.stdin.read()
 
-def slowly(tensor):
-    for piece in whole(tensor):
-        yield piece
-        print("writing", flush=True)
-        sys.stdin.read()
-
-writer._bytes_of = slowly
+os.fsync = slowly
 sys.argv[1:] = ["convert", sys.argv[1], "--to", "original"]
-app.main()
+main()
 """
 
 
+@pytest.mark.slow
 def test_a_terminated_conversion_leaves_nothing(tmp_path):
     rewired = tmp_path / "model.revwire.safetensors"
     net = timm.create_model("resnet18")
     plan = revwire.plan(net, torch.zeros(1, 3, 64, 64))
     metadata = {"architecture": "resnet18", "revwire.plan": plan.to_json(), "revwire.coupling": plan.coupling}
     save_file(net.state_dict(), rewired, metadata)
-    command = [sys.executable, "-c", TERMINATED, str(rewired)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with started("-c", TERMINATED, rewired) as process:
         assert process.stdout.readline() == "writing\n"
-        assert len(list(tmp_path.iterdir())) == 2  # the half-written file's folder is there
+        assert len(list(tmp_path.iterdir())) == 2  # the folder of the file that is not done is there
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
         process.stdin.close()

@@ -1,22 +1,15 @@
 """Folders and files of several parts, as the Hugging Face hub has them."""
 
 import json
-from unittest import mock
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from revwire import checkpoint
-from revwire.checkpoint import conversion
 from revwire.checkpoint.reader import read
 from revwire.errors import CheckpointError
-
-
-def convert(path, **options):
-    with mock.patch.object(conversion, "_measure", return_value=None):
-        return checkpoint.convert(path, verify=False, **options)
+from tests.helpers.checkpoints import convert
 
 
 @pytest.fixture

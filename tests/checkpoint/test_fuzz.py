@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
+import re
 
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -16,19 +16,10 @@ from revwire.checkpoint.architecture import resolve
 from revwire.checkpoint.fit import check_fit
 from revwire.checkpoint.reader import read
 from revwire.errors import CheckpointError
+from tests.helpers.checkpoints import FUZZ, Trap
+from tests.helpers.vits import NAME
 
 KINDS = ["safetensors", "zip", "legacy", "trap", "legacy-trap"]
-FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +72,12 @@ def test_cut_files(tmp_path, real, kind, part):
     content = contents[kind]
     path = tmp_path / "file"
     path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
         examine(path)
     assert not trap.exists()
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     changes=st.lists(
@@ -111,7 +103,7 @@ def test_changed_bytes(tmp_path, real, kind, changes, near_the_end):
 def test_a_load_of_a_changed_file_is_no_crash(tmp_path):
     path = tmp_path / "file.safetensors"
     save_file({"a": torch.ones(2)}, path, {"revwire.plan": "{}", "architecture": "test_vit"})
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}.* metadata"):
         checkpoint.load(path)
 
 
@@ -145,6 +137,7 @@ KEYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @FUZZ
 @given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
 def test_changed_configurations_of_transformers(folder, changes):
@@ -154,6 +147,7 @@ def test_changed_configurations_of_transformers(folder, changes):
         examine(path)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
 def test_changed_configurations_in_metadata(folder, tmp_path, changes):
@@ -166,5 +160,55 @@ def test_changed_configurations_in_metadata(folder, tmp_path, changes):
     )
     with contextlib.suppress(CheckpointError):
         examine(file)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
         checkpoint.load(file)
+
+
+@FUZZ
+@given(
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=4)
+)
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_flipped_bits_in_a_file_raise_only_checkpoint_errors(tmp_path, kind, flips):
+    path = tmp_path / "model"
+    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
+    if kind == "safetensors":
+        save_file(tensors, path, {"architecture": NAME})
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "zip")
+    content = bytearray(path.read_bytes())
+    for place, bit in flips:
+        content[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        source = read(path)
+    except CheckpointError:
+        return
+    assert all(isinstance(tensor, torch.Tensor) for tensor in source.tensors.values())
+
+
+@FUZZ
+@given(
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=2)
+)
+def test_flipped_bits_in_a_header_raise_only_checkpoint_errors(rewired, tmp_path, flips):
+    content = bytearray(rewired.read_bytes())
+    length = 8 + int.from_bytes(content[:8], "little")
+    for place, bit in flips:
+        content[int(place * length)] ^= 1 << bit
+    path = tmp_path / "flipped.safetensors"
+    path.write_bytes(content)
+    with contextlib.suppress(CheckpointError):
+        checkpoint.load(path)
+
+
+@FUZZ
+@given(
+    content=st.binary(max_size=200),
+    head=st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04", b"\x10" + bytes(7) + b"{"]),
+)
+def test_any_bytes_raise_only_checkpoint_errors(tmp_path, content, head):
+    path = tmp_path / "model"
+    path.write_bytes(head + content)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        read(path)

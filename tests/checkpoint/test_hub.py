@@ -12,16 +12,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from revwire import checkpoint
-from revwire.checkpoint import conversion, hub
+from revwire.checkpoint import hub
 from revwire.cli.app import app
 from revwire.errors import CheckpointError
+from tests.helpers.checkpoints import convert
 
 NAME = "hf-hub:timm/test_vit.r160_in1k"
-
-
-def convert(path, **options):
-    with mock.patch.object(conversion, "_measure", return_value=None):
-        return checkpoint.convert(path, verify=False, **options)
 
 
 @pytest.fixture
@@ -118,6 +114,7 @@ def with_adapters():
     return peft.get_peft_model(timm.create_model("test_vit", num_classes=3), config)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")

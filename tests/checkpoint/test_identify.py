@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from revwire import checkpoint
-from revwire.checkpoint import conversion
 from revwire.checkpoint.fingerprint import index, index_name, packed
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.reader import read
@@ -20,6 +19,7 @@ from revwire.cli.app import app
 from revwire.errors import CheckpointError
 from revwire.libraries import Architecture
 from revwire.libraries.comparison import settings, shapes_of
+from tests.helpers.checkpoints import convert
 
 SMALL = "test_vit"  # whose tensors no other has
 
@@ -45,11 +45,6 @@ def saved(tmp_path):
     return save
 
 
-def convert(path, **options):
-    with mock.patch.object(conversion, "_measure", return_value=None):
-        return checkpoint.convert(path, verify=False, **options)
-
-
 def test_the_index_is_small_and_of_every_architecture():
     content = files("revwire.checkpoint").joinpath(index_name("timm")).read_bytes()
     assert len(content) < 200_000
@@ -70,10 +65,12 @@ def test_the_index_is_small_and_of_every_architecture():
         ("resnet18", {"num_classes": 0}),
         ("vit_tiny_patch16_224", {"num_classes": 5, "img_size": 160}),
         ("convnext_atto", {"num_classes": 3}),
-        ("vit_small_patch14_dinov2", {"num_classes": 11, "img_size": 224}),
-        ("beit_base_patch16_224", {"img_size": 384, "num_classes": 9}),
+        pytest.param(
+            "vit_small_patch14_dinov2", {"num_classes": 11, "img_size": 224}, marks=pytest.mark.slow
+        ),
+        pytest.param("beit_base_patch16_224", {"img_size": 384, "num_classes": 9}, marks=pytest.mark.slow),
         ("mixer_s32_224", {"num_classes": 2, "img_size": 320}),
-        ("cait_xxs24_224", {"img_size": 384}),
+        pytest.param("cait_xxs24_224", {"img_size": 384}, marks=pytest.mark.slow),
     ],
 )
 def test_classes_channels_and_size_are_read_off(name, args):
@@ -118,6 +115,7 @@ def test_a_file_without_a_word_is_converted(saved):
     assert checkpoint.load(done.out).num_classes == 3
 
 
+@pytest.mark.slow
 def test_a_tie_is_listed_and_chosen_from(saved):
     path = saved("efficientnet_b0", num_classes=4)
     with pytest.raises(CheckpointError, match=r"fits \d+ architectures") as caught:

@@ -5,7 +5,6 @@ import json
 import pytest
 import timm
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -13,9 +12,8 @@ import revwire
 from revwire import checkpoint
 from revwire.cli.app import app
 from revwire.errors import CheckpointError
-
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+from tests.helpers.checkpoints import ARGS, metadata_of, vit
+from tests.helpers.vits import NAME
 
 
 @pytest.fixture
@@ -23,8 +21,7 @@ def trained(tmp_path):
     """Saves a model after a step of training with a coupling."""
 
     def make(coupling, **options):
-        torch.manual_seed(0)
-        model = revwire.rewire(timm.create_model(NAME, **ARGS), coupling=coupling, **options)
+        model = revwire.rewire(vit(), coupling=coupling, **options)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model(torch.randn(2, 3, 32, 32)).square().sum().backward()
         optimizer.step()
@@ -42,8 +39,7 @@ def test_timm_loads_it_as_its_own(trained):
     again = timm.create_model(NAME, checkpoint_path=str(done.out), **ARGS)
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
-    with safe_open(done.out, "pt") as file:
-        metadata = file.metadata()
+    metadata = metadata_of(done.out)
     assert not any("revwire" in key for key in metadata)
     assert metadata["architecture"] == NAME
     with pytest.raises(CheckpointError, match="is not a rewired checkpoint"):
@@ -87,15 +83,13 @@ def test_on_the_command_line(trained):
 def test_what_cannot_be_turned_back(trained, tmp_path):
     _, path = trained("re2tal")
     plain = tmp_path / "plain.safetensors"
-    save_file(timm.create_model(NAME, **ARGS).state_dict(), plain)
+    save_file(vit().state_dict(), plain)
     with pytest.raises(CheckpointError, match="is not a rewired checkpoint"):
         checkpoint.to_original(plain)
     with pytest.raises(CheckpointError, match="is the input itself"):
         checkpoint.to_original(path, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
     other = tmp_path / "other.revwire.safetensors"
-    save_file({"a": torch.ones(1)}, other, metadata)
+    save_file({"a": torch.ones(1)}, other, metadata_of(path))
     with pytest.raises(CheckpointError, match="does not fit"):
         checkpoint.to_original(other)
     assert not other.with_name("other.original.safetensors").exists()

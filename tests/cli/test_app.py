@@ -1,24 +1,26 @@
 """The command line: what it prints where, and how it ends."""
 
 import json
-import subprocess
-import sys
+from importlib import metadata
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import revwire
 from revwire import api, checkpoint
 from revwire.checkpoint import conversion
-from revwire.cli.app import app, doctor
+from revwire.cli import doctor
+from revwire.cli.app import app
 from revwire.measure import verify
 from revwire.measure.report import Check, Report
+from tests.helpers.checkpoints import ARGS, saved_vit
+from tests.helpers.commands import in_one_line
+from tests.helpers.programs import python
+from tests.helpers.vits import NAME
 
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 ARGUMENTS = ("--model-args", json.dumps(ARGS))
 
 
@@ -44,10 +46,7 @@ def fail(*arguments):
 
 @pytest.fixture
 def weights(tmp_path):
-    path = tmp_path / "model.safetensors"
-    state = timm.create_model(NAME, **ARGS).state_dict()
-    save_file(state, path, {"architecture": NAME, "model_args": json.dumps(ARGS)})
-    return path
+    return saved_vit(tmp_path / "model.safetensors")
 
 
 @pytest.fixture
@@ -214,25 +213,33 @@ def test_usage_errors_print_the_usage_and_exit_with_2(arguments, words):
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
-    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert words in in_one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_as_a_module():
-    command = [sys.executable, "-m", "revwire", "plan", "nowhere.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "revwire", "plan", "nowhere.safetensors")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "revwire: cannot open nowhere.safetensors: No such file or directory\n"
 
 
-def test_doctor_tells_what_is_there(monkeypatch):
+def test_doctor_tells_what_is_there():
     told = CliRunner().invoke(app, ["doctor", "--json"])
     assert told.exit_code == 0, told.output
     findings = {f["what"]: f for f in json.loads(told.stdout)["findings"]}
     assert findings["torch"]["found"] == torch.__version__.partition("+")[0]
     assert findings["timm"]["found"] == timm.__version__
     assert findings["self-test"]["found"] == "gradients are right"
-    monkeypatch.setattr(doctor, "_OPTIONAL", {"no-such-package": "nothing"})
+
+
+def test_doctor_tells_what_is_not_there_and_what_is_wrong(monkeypatch):
+    def version(name):
+        if name == "torchvision":
+            raise metadata.PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(doctor, "version", version)
     broken = Report("Sequential", (Check("gradients", 1.0, 1e-5),))
     monkeypatch.setattr(verify, "verify", lambda *_: broken)
     told = CliRunner().invoke(app, ["doctor"])
@@ -244,7 +251,7 @@ def test_doctor_tells_what_is_there(monkeypatch):
 def test_help_does_not_load_torch():
     code = "import sys; from revwire.cli.app import main; sys.argv = ['revwire', '--help']\n"
     code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout
 

@@ -1,5 +1,6 @@
 """The page of a plan: what it says, and how it behaves in a real browser."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import revwire
 from revwire.cli.app import app
 from revwire.cli.page import page
+from tests.helpers.vits import NAME, SMALL_VIT, small_vit
 
 CHROMIUM = shutil.which("chromium")
 
@@ -35,14 +37,10 @@ class Read(HTMLParser):
         self.text += data
 
 
-def vit(depth=3):
-    return timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=32, embed_dim=48, num_heads=3)
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "vit.html"
-    model = vit()
+    model = small_vit()
     plan = revwire.plan(model)
     found = revwire.estimate(model, torch.zeros(4, 3, 32, 32))
     path.write_text(page("a <b>ViT</b> & co", plan, found), "utf-8")
@@ -91,9 +89,8 @@ def test_a_model_with_nothing_to_rewire_has_a_page():
 
 
 def test_the_command_writes_it(tmp_path):
-    small = '{"depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}'
     out = tmp_path / "report.html"
-    call = ["plan", "vit_tiny_patch16_224", "--model-args", small, "--batch", "2", "--html"]
+    call = ["plan", NAME, "--model-args", json.dumps(SMALL_VIT), "--batch", "2", "--html"]
     told = CliRunner().invoke(app, [*call, str(out)])
     assert told.exit_code == 0, told.output
     assert "2 x 3 x 32 x 32" in Read(out.read_text("utf-8")).text

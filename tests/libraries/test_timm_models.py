@@ -9,8 +9,9 @@ from torch import nn
 
 from revwire.errors import RevwireError
 from revwire.libraries import Architecture, timm_models
+from tests.helpers.vits import SMALL_VIT
 
-SMALL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+SMALL = {**SMALL_VIT, "depth": 2}
 
 
 def outline(name, **args):

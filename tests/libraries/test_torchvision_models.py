@@ -1,7 +1,5 @@
 """torchvision's models: known by their tensors, converted, loaded again, and given back to torchvision."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torchvision
@@ -9,21 +7,16 @@ from safetensors.torch import load_file
 
 import revwire
 from revwire import checkpoint, libraries
-from revwire.checkpoint import conversion
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import identify
 from revwire.checkpoint.same_function import same_operations
 from revwire.errors import CheckpointError, RevwireError
 from revwire.libraries import Architecture, torchvision_models
+from tests.helpers.checkpoints import convert
 
 
 def outline(name, **args):
     return Architecture(name, args, "torchvision").outline()
-
-
-def convert(path, **options):
-    with mock.patch.object(conversion, "_measure", return_value=None):
-        return checkpoint.convert(path, **{"verify": False, **options})
 
 
 @pytest.fixture
@@ -108,6 +101,7 @@ def test_there_and_back(saved):
     )
 
 
+@pytest.mark.slow
 def test_verified(saved, monkeypatch):
     monkeypatch.setattr(torchvision_models, "_SIDE", 64)
     _, path = saved("resnet18", num_classes=2)
@@ -116,6 +110,7 @@ def test_verified(saved, monkeypatch):
     assert done.architecture == Architecture("resnet18", {"num_classes": 2}, "torchvision")
 
 
+@pytest.mark.slow
 def test_a_video_model(saved):
     _, path = saved("mc3_18", num_classes=2)
     done = convert(path)
@@ -131,6 +126,7 @@ def test_a_tie_is_chosen_from_by_name(saved):
         convert(path)
 
 
+@pytest.mark.slow
 def test_a_head_that_was_changed_is_saved(tmp_path):
     model = torchvision.models.regnet_x_400mf(num_classes=3)
     model.fc = torch.nn.Linear(model.fc.in_features, 5)

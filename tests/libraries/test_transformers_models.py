@@ -2,7 +2,6 @@
 
 import builtins
 import json
-from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from typer.testing import CliRunner
 import revwire
 from benchmarks.zoo_transformers import ZOO
 from revwire import checkpoint, libraries
-from revwire.checkpoint import conversion
 from revwire.cli.app import app
 from revwire.errors import CheckpointError, RevwireError, RewireError
 from revwire.libraries import Architecture
+from tests.helpers.checkpoints import convert, metadata_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,11 +34,6 @@ def first(output):
     return output[0]
 
 
-def convert(path, **options):
-    with mock.patch.object(conversion, "_measure", return_value=None):
-        return checkpoint.convert(path, **{"verify": False, **options})
-
-
 @pytest.fixture
 def quiet():
     transformers.utils.logging.disable_progress_bar()
@@ -47,7 +41,7 @@ def quiet():
     transformers.utils.logging.enable_progress_bar()
 
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet")]
 
 
 @pytest.fixture
@@ -276,18 +270,14 @@ def test_configurations_that_are_none(folder, text):
 def test_metadata_that_was_changed(folder):
     _, path = folder("vit")
     out = convert(path).out
-    for changes in (
-        {"architecture": "transformers/os"},
-        {"model_args": "{}"},
-        {"model_args": '{"model_type": 3}'},
+    for changes, says in (
+        ({"architecture": "transformers/os"}, "has no model class 'os'"),
+        ({"model_args": "{}"}, "must be a config.json, with its model_type"),
+        ({"model_args": '{"model_type": 3}'}, "must be a config.json, with its model_type"),
     ):
-        from safetensors import safe_open
-
-        with safe_open(out, "pt") as file:
-            metadata = {**file.metadata(), **changes}
         other = out.with_name("other.safetensors")
-        save_file(load_file(out), other, metadata)
-        with pytest.raises(CheckpointError):
+        save_file(load_file(out), other, {**metadata_of(out), **changes})
+        with pytest.raises(CheckpointError, match=says):
             checkpoint.load(other)
 
 
