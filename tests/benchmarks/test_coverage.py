@@ -2,11 +2,10 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from benchmarks import coverage, coverage_report, record, zoo
 from benchmarks.coverage import Diary, Planned, Verified, plan_one, representatives, verify_one
 from benchmarks.operators import ResidualCounter
+from tests.helpers.programs import python
 
 ROW = Planned(
     "timm", "resnet", "resnet50", "rewired", (2, 3), seconds=1.0, parameters=9, held=100, held_rewired=40
@@ -43,6 +43,7 @@ def test_residuals_counted_from_the_operators():
     assert longest(Sums(), torch.randn(2, 3)) == 1
 
 
+@pytest.mark.slow
 def test_planning_and_verifying_an_architecture():
     row = plan_one("timm/convnext_atto")
     assert (row.verdict, row.chains) == ("rewired", (2, 2, 6, 2))
@@ -107,10 +108,12 @@ def test_what_got_worse_is_named(tmp_path, monkeypatch):
     assert "was verified" in coverage_report.worse(path, [], [replace(REPORT, ok=False, failed="x")])[0]
 
 
+@pytest.mark.slow
 def test_nothing_of_transformers_is_imported_for_other_models():
     code = "import sys, timm, revwire; revwire.plan(timm.create_model('convnext_atto'))"
     code += "; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
 
 

@@ -3,14 +3,12 @@
 import json
 
 import pytest
-import typer
-from rich.console import Console
-from typer.testing import CliRunner
 
 from benchmarks import depth
 from benchmarks.steps import Row
 from revwire.errors import RevwireError
 from revwire.measure.step import StepMemory, Timing
+from tests.helpers.commands import command_of, in_one_line, printed
 
 BLOCKS = {"two": 2, "four": 4, "nine": 9}
 
@@ -46,15 +44,8 @@ def test_the_order_of_the_rows_does_not_matter():
 
 
 def test_the_table_of_slopes_to_the_character():
-    console = Console(width=60, no_color=True)
-    with console.capture() as captured:
-        console.print(
-            depth.slope_table(
-                {"plain": {"held": 9876543.4, "peak": 1e7}, "rewired": {"held": 0.0, "peak": 0.0}}
-            )
-        )
-    printed = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
-    assert printed == [
+    slopes = {"plain": {"held": 9876543.4, "peak": 1e7}, "rewired": {"held": 0.0, "peak": 0.0}}
+    assert printed(depth.slope_table(slopes)) == [
         "bytes per block",
         " strategy      held       peak",
         " ─────────────────────────────",
@@ -86,11 +77,10 @@ def test_a_model_without_a_depth_is_told():
 
 @pytest.fixture
 def command(tmp_path):
-    app = typer.Typer()
-    app.command()(depth.main)
-    return lambda *args: CliRunner().invoke(app, [*args, "--out", str(tmp_path)])
+    return command_of(depth.main, "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_program_prints_and_writes_that_a_rewired_block_costs_nothing(command, tmp_path):
     result = command("-d", "3", "-d", "2", "-b", "1", "--size", "32", "--rounds", "0")
     assert result.exit_code == 0, result.output
@@ -118,4 +108,4 @@ def test_the_program_prints_and_writes_that_a_rewired_block_costs_nothing(comman
 def test_the_program_tells_what_is_wrong_and_exits_2(command, args, message):
     result = command(*args)
     assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+    assert message in in_one_line(result.output)

@@ -5,9 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from rich.console import Console
 from torch import nn
-from typer.testing import CliRunner
 
 from benchmarks import report
 from benchmarks.memory import Case, Row, main, run, table, timm_case
@@ -15,19 +13,14 @@ from benchmarks.steps import steps_to_come
 from benchmarks.strategies import worth_measuring
 from revwire.errors import RevwireError
 from revwire.measure.step import StepMemory, Timing
+from tests.helpers.commands import command_of, in_one_line, printed
+from tests.helpers.nets import Residual
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 6, "num_heads": 2, "num_classes": 3}
 
 
-class Block(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.inner = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
-        )
-
-    def forward(self, x):
-        return x + self.inner(x)
+def block(dim):
+    return Residual(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
 
 def tiny_vit():
@@ -37,7 +30,7 @@ def tiny_vit():
 
 def own_model():
     torch.manual_seed(0)
-    return nn.Sequential(*(Block(16) for _ in range(6)))
+    return nn.Sequential(*(block(16) for _ in range(6)))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +47,7 @@ def by_name(rows, case):
     return {row.strategy: row for row in rows if row.case == case}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["vit", "own"])
 def test_every_strategy_is_measured(rows, case):
     found = by_name(rows, case)
@@ -67,6 +61,7 @@ def test_every_strategy_is_measured(rows, case):
         assert peak[f"budget={like}"] <= 1.05 * peak[like]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_treated_has_a_row_that_says_so(rows):
     found = by_name(rows, "no blocks")
     assert found["plain"].memory
@@ -74,6 +69,7 @@ def test_a_model_that_cannot_be_treated_has_a_row_that_says_so(rows):
     assert found["rewired"].failure
 
 
+@pytest.mark.slow
 def test_strategies_get_copies_of_one_model():
     made = []
 
@@ -89,6 +85,7 @@ def test_strategies_get_copies_of_one_model():
     assert all(torch.equal(value, before[name]) for name, value in made[0].state_dict().items())
 
 
+@pytest.mark.slow
 def test_progress_is_told_of_every_step():
     told = []
     run(
@@ -111,11 +108,7 @@ MADE = [
 
 
 def test_the_table_to_the_character():
-    console = Console(width=80, no_color=True)
-    with console.capture() as captured:
-        console.print(table(MADE))
-    printed = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
-    assert printed == [
+    assert printed(table(MADE), 80) == [
         "vit [x]",
         " strategy   held MiB /plain /ckpt peak MiB /plain /ckpt seconds /plain /ckpt",
         " ───────────────────────────────────────────────────────────────────────────",
@@ -175,13 +168,10 @@ def test_a_wrong_model_is_told(spec, message):
 
 @pytest.fixture
 def command():
-    import typer
-
-    app = typer.Typer()
-    app.command()(main)
-    return lambda *args: CliRunner().invoke(app, args)
+    return command_of(main)
 
 
+@pytest.mark.slow
 def test_the_program_prints_and_writes(command, tmp_path):
     args = ["-m", "vit_tiny_patch16_224", "-b", "1", "--size", "32", "--rounds", "1", "--out", str(tmp_path)]
     result = command(*args)
@@ -199,4 +189,4 @@ def test_the_program_prints_and_writes(command, tmp_path):
 def test_the_program_tells_what_is_wrong_and_exits_2(command, args, message):
     result = command(*args)
     assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+    assert message in in_one_line(result.output)

@@ -6,15 +6,14 @@ import types
 
 import pytest
 import torch
-import typer
-from rich.console import Console
 from torch import nn
-from typer.testing import CliRunner
 
 from benchmarks import peers
 from benchmarks.steps import failure_of
 from benchmarks.ways import WAYS, Momentum, Residual, Stack, Way
 from revwire.errors import RevwireError
+from tests.helpers.commands import command_of, in_one_line, printed
+from tests.helpers.programs import ROOT
 
 TINY = {"branches": 4, "dim": 8, "heads": 2, "batch": 2, "tokens": 5}
 PACKAGES = {"memcnn": "memcnn", "RevTorch": "revtorch", "revlib": "revlib", "momentumnet": "momentumnet"}
@@ -95,6 +94,7 @@ FAKES = {
 }
 
 
+@pytest.mark.slow
 def test_a_missing_peer_is_a_row_with_its_error():
     rows, found = measured(WAYS)
     assert list(rows) == list(WAYS)
@@ -109,6 +109,7 @@ def test_a_missing_peer_is_a_row_with_its_error():
     assert held["revwire"] < held["plain"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAKES)
 def test_a_peer_that_computes_the_recurrence_is_measured(name, monkeypatch):
     FAKES[name](monkeypatch)
@@ -144,25 +145,35 @@ class Outdated(Stack):
         return Raising.apply(super().forward(x))
 
 
+@pytest.mark.slow
 def test_a_peer_that_raises_in_backward_is_a_row_with_its_error():
     rows, found = measured({"plain": WAYS["plain"], "old": Way(lambda stack: Outdated(stack.branches))})
     assert rows["old"].failure == "AttributeError: torch has no such thing any more"
     assert list(found) == ["plain"]
 
 
+@pytest.mark.slow
 def test_missing_gradients_are_seen():
     _, found = measured({"halved": Way(lambda stack: Halved(stack.branches))})
     assert found["halved"].gradient > 0.1
 
 
-def test_off_against_a_hand_computation():
-    found, expected = (
-        [torch.tensor([3.0, 0.0]), torch.tensor(2.0)],
-        [torch.tensor([3.0, 4.0]), torch.tensor(0.0)],
-    )
-    assert peers._distance(found, expected) == pytest.approx(20**0.5 / 5)
+class Shifted(Stack):
+    """Of its output, every entry is too large by the same; its gradients are twice what they should be."""
+
+    def forward(self, x):
+        return 2 * super().forward(x) - super().forward(x).detach() + 0.5
 
 
+def test_distances_against_a_hand_computation():
+    case = peers.stack_case(**TINY, dtype=peers.Dtype.float64)
+    output = case.factory()(case.inputs).detach()
+    off = peers.off(case, Way(lambda stack: Shifted(stack.branches)))
+    assert off.output == pytest.approx(0.5 * output.numel() ** 0.5 / float(output.norm()))
+    assert off.gradient == pytest.approx(1)
+
+
+@pytest.mark.slow
 def test_another_recurrence_is_not_mistaken_for_the_same():
     _, found = measured({"residual": Way(lambda stack: Residual(stack.branches))})
     assert found["residual"].output > 1e-2
@@ -185,11 +196,8 @@ def test_failures_say_what_was_raised():
 
 
 def test_the_table_to_the_character():
-    console = Console(width=60, no_color=True)
-    with console.capture() as captured:
-        console.print(peers.off_table({"plain": peers.Off(0.0, 0.0), "peer [x]": peers.Off(2e-7, 3.14e-5)}))
-    printed = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
-    assert printed == [
+    off = {"plain": peers.Off(0.0, 0.0), "peer [x]": peers.Off(2e-7, 3.14e-5)}
+    assert printed(peers.off_table(off)) == [
         "off from plain autograd",
         " strategy gradient  output",
         " ─────────────────────────",
@@ -200,11 +208,10 @@ def test_the_table_to_the_character():
 
 @pytest.fixture
 def command(tmp_path):
-    app = typer.Typer()
-    app.command()(peers.main)
-    return lambda *args: CliRunner().invoke(app, [*args, "--out", str(tmp_path)])
+    return command_of(peers.main, "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_program_prints_and_writes(command, tmp_path, monkeypatch):
     fake_revlib(monkeypatch)
     chosen = ["plain", "memcnn", "revlib", "revwire"]
@@ -236,12 +243,10 @@ def test_the_program_prints_and_writes(command, tmp_path, monkeypatch):
 def test_the_program_tells_what_is_wrong_and_exits_2(command, args, message):
     result = command(*args)
     assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+    assert message in in_one_line(result.output)
 
 
 def test_the_extra_pins_every_package_that_a_way_needs():
-    from pathlib import Path
-
-    extra = Path(peers.__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
+    extra = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for way in WAYS.values():
         assert f'"{way.package}==' in extra or not way.package

@@ -8,14 +8,29 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def python(*arguments, check=False, env=None, **options):
-    """Run Python with these arguments; what it writes is captured as text."""
+def environment(**changed):
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **changed}
+
+
+def python(*arguments, env=None, **options):
+    """Run Python with these arguments; what it writes is captured as text."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        check=check,
+        check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        env=environment(**(env or {})),
         **options,
+    )
+
+
+def started(*arguments):
+    """Python with these arguments, to talk to while it runs."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )

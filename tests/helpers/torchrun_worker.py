@@ -15,9 +15,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import DistributedDataParallel
 
 import revwire
-from tests.helpers.couplings import kept
 from tests.helpers.nets import NETS
 from tests.helpers.pictures import Pictures, vit
+from tests.helpers.steps import kept
 
 DEPTH = 4
 BATCH = 8

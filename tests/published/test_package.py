@@ -3,14 +3,13 @@
 import ast
 import email
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 
 import pytest
 
-from tests.helpers.programs import ROOT
+from tests.helpers.programs import ROOT, python
 
 TRACKED = ("revwire", "tests", "benchmarks", "examples", "docs")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.partial.jsonl", "*.revwire.safetensors")
@@ -27,9 +26,7 @@ def built(tmp_path_factory):
             shutil.copy(path, folder)
     for kind in ("wheel", "sdist"):
         call = f"from setuptools import build_meta; build_meta.build_{kind}('dist')"
-        done = subprocess.run(
-            [sys.executable, "-c", call], cwd=folder, capture_output=True, text=True, check=False
-        )
+        done = python("-c", call, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "Deprecat" not in done.stderr
     (wheel,), (sdist,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
@@ -49,6 +46,7 @@ def tracked(*folders):
     }
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
     with zipfile.ZipFile(built[0]) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
@@ -59,6 +57,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
     assert any(name.endswith("/licenses/LICENSE") for name in info)
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_its_tests_need(built):
     with tarfile.open(built[1]) as file:
         names = {m.name.partition("/")[2] for m in file.getmembers() if m.isfile()}
@@ -67,6 +66,7 @@ def test_the_sdist_holds_what_its_tests_need(built):
     assert not any("__pycache__" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_metadata_say_what_it_is_and_what_it_needs(built):
     with zipfile.ZipFile(built[0]) as file:
         (name,) = (n for n in file.namelist() if n.endswith("dist-info/METADATA"))
