@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
 from tests.helpers.agreement import WIDTH, Bodied, InTurn, agrees, inputs, post_norm
+from tests.helpers.nets import assert_same, recur
 
 
 def test_other_shapes_and_signatures_are_traced_again():
@@ -140,3 +141,54 @@ def test_an_object_with_a_state_travels_as_an_input():
             again.limit = limit
             torch.testing.assert_close(net(x, again), first)
     assert not torch.allclose(net(x), first)
+
+
+class Settings:
+    """An object that a block is given and reads plain attributes of, its own and those of what it holds."""
+
+    def __init__(self, gain=1.0, power=1, name="tanh"):
+        self.gain, self.inner, self.items = gain, Inner(power, name), []
+
+
+class Inner:
+    def __init__(self, power, name):
+        self.power, self.name, self.items = power, name, []
+
+
+def test_attributes_of_an_object_count():
+    """They are constants of a rewritten forward: a call with others is traced again, and one with the same is not."""
+    written = []
+
+    class Block(Bodied):
+        def forward(self, x, settings):
+            written.append(1)
+            return x + settings.gain * self.branch(x, settings.inner)
+
+        def branch(self, x, inner):
+            out = self.body(x) ** inner.power
+            return out.tanh() if inner.name == "tanh" else out
+
+    x = inputs()
+    torch.manual_seed(0)
+    model = revwire.rewire(InTurn(Block(), Block(), Block()).double(), (x, Settings()))
+    written.clear()
+    changed = Settings()
+    calls = [
+        (Settings(), 0),
+        (Settings(gain=3.0), 3),
+        (Settings(power=2), 3),
+        (Settings(name="none"), 3),
+        (Settings(gain=3.0), 0),
+        (changed, 0),
+    ]
+    for settings, traced in calls:
+        found = model(x, settings)
+        assert_same([recur(x, branches(model, settings))], [found])
+        assert len(written) == traced
+        written.clear()
+    changed.inner.power = 3  # the same object, by now another
+    assert_same([recur(x, branches(model, changed))], [model(x, changed)])
+
+
+def branches(model, settings):
+    return [lambda x, block=block: settings.gain * block.branch(x, settings.inner) for block in model.blocks]

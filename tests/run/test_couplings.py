@@ -88,6 +88,22 @@ def test_bdia_draws_both_signs_per_sample_and_step_and_averages_to_the_network()
     assert off.mean(0).abs().max() < 0.05 * off.abs().mean(0).max()
 
 
+@pytest.mark.parametrize("chunks", [2, 3, 5])
+def test_what_bdia_draws_for_a_sample_goes_with_it_into_its_slice(chunks):
+    """Also where slices are of different lengths; against the recurrence by hand, which knows of no slices."""
+    net, x = Trunk(4, dropout=0.0).double(), noise(5, dtype=torch.float64)
+    plain = copy.deepcopy(net)
+    model = revwire.rewire(net, x, coupling="bdia", chunks=chunks).train()
+    assert all(step.slices == chunks for step in revwire.plan_of(model).steps)
+    found = []
+    for run in (lambda y: couplings.reference("bdia", plain.blocks, y)[1], model):
+        torch.manual_seed(1)
+        inner = x.clone().requires_grad_()
+        loss(run(inner)).backward()
+        found.append([inner.grad, *gradients(plain if run is not model else model)])
+    assert_same(*found)
+
+
 def test_bdia_runs_plainly_in_a_frozen_block_of_a_model_in_training():
     net = Trunk(4, dropout=0.0).double()
     x = noise(dtype=torch.float64)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
 import revwire
 from revwire import ReplayError
 from revwire._torch import solely_held
 from revwire.measure.step import LiveBytes
-from tests.helpers.branches import Net
-from tests.helpers.nets import loss
-from tests.helpers.steps import held, results
+from tests.helpers.branches import Net, mlp
+from tests.helpers.nets import WIDTH, Residual, assert_same, gradients, loss, x_of
+from tests.helpers.steps import held, kept, results
 from tests.helpers.transformer import DEPTH, Mlp, net, noise
 
 
@@ -104,4 +105,65 @@ def test_a_changed_input_is_found_out():
     value = loss(trunk(given))
     given.add_(1)
     with pytest.raises(ReplayError, match="the input of its chain has been modified"):
+        value.backward()
+
+
+# couplings that hand out the chain's last stream as it is
+LAST_STREAM = ["momentum", "bdia", "dr2net(alpha=0.5,beta=0.5)", "coupling(a=-0.25,b=1.25,c=2)"]
+
+
+def halved_later(out):
+    value = loss(out)
+    with torch.no_grad():
+        out.mul_(0.5)
+    return value
+
+
+CHANGES = {
+    "by an activation": lambda out: loss(out.relu_()),
+    "by a factor": lambda out: loss(out.mul_(0.5)),
+    "between forward and backward": halved_later,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("coupling", LAST_STREAM)
+def test_an_output_changed_in_place_is_found_out(coupling, change):
+    """Plain autograd has no use for it, and is right; backward starts from it, and raises."""
+    x = x_of(4, WIDTH)
+    torch.manual_seed(0)
+    model = revwire.rewire(Net(mlp(), mlp(), mlp()).double(), x, coupling=coupling)
+    plain = kept(model)
+    CHANGES[change](plain(x)).backward()
+    assert all(p.grad.norm() > 0 for p in plain.parameters())
+    value = CHANGES[change](model(x))
+    with pytest.raises(
+        ReplayError, match="the output of its chain has been modified by an inplace operation"
+    ):
+        value.backward()
+
+
+def test_an_output_that_is_the_mean_of_both_streams_may_be_changed_in_place():
+    x = x_of(4, WIDTH)
+    torch.manual_seed(0)
+    model = revwire.rewire(Net(mlp(), mlp(), mlp()).double(), x)
+    found = []
+    for each in (kept(model), model):
+        CHANGES["by a factor"](each(x)).backward()
+        found.append(gradients(each))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("coupling", LAST_STREAM)
+def test_the_input_of_the_last_step_changed_in_place_is_found_out(coupling):
+    """The other half of the pair that backward starts from."""
+    x, seen = x_of(4, WIDTH), []
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual(mlp()) for _ in range(3))).double()
+    model = revwire.rewire(model, x, coupling=coupling)
+    model[1].register_forward_hook(lambda _m, _args, out: seen.append(out.tensor()))
+    value = loss(model(x))
+    with torch.no_grad():
+        seen[0].mul_(0.5)
+    with pytest.raises(ReplayError, match="has been modified by an inplace operation"):
         value.backward()
