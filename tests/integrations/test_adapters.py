@@ -8,6 +8,7 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import revwire
+from revwire.rewrite.wired import options_of
 from tests.helpers.nets import assert_same, loss, pair
 
 CONFIG = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["qkv", "fc1"], init_lora_weights=False)
@@ -58,7 +59,7 @@ def test_adapters_are_switched_off_merged_and_taken_away(first):
     assert_same([base], [unloaded(x)])
     for found in (merged, unloaded):
         # rewired after LoRA, the plan is on peft's wrapper, which is gone
-        assert revwire.rewrite.swap.options_of(found) is not None
+        assert options_of(found) is not None
         revwire.unwire(found)
 
 
