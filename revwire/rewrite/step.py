@@ -64,7 +64,7 @@ def run_step(
     slices = _slices_now(step, options, modules, trunk, sides)
     function = _attention_sliced(step, options, branch, 1 if slices is None else slices.count(trunk.shape))
     link_type = OverlappedLink if options.overlap and can_overlap(trunk.device) else Link
-    run = Branch(step.name, function, modules, owners, slices, step.mode)
+    run = Branch(step.name, function, modules, owners, slices, step.mode, options.check)
     if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     replay = options.replay and not torch.compiler.is_exporting()

@@ -26,6 +26,7 @@ class Options:
         compile: Run branches by torch.compile; on fake tensors they run as they are.
         overlap: Start a step's second run while the device computes the gradients of the step after it
             (`revwire.experimental.overlap`).
+        check: Compare a few numbers of every second run with those of the first.
     """
 
     coupling: Coupling
@@ -34,3 +35,4 @@ class Options:
     sliced: bool = True
     compile: bool = False
     overlap: bool = False
+    check: bool = True

@@ -217,10 +217,13 @@ class Streams(TensorLike):
             return False
         return not self.left and not (self.link is not None and self.link.taken)
 
+    def _tape(self, chain: str) -> Tape:
+        return Tape(chain, self.coupling.error_after if self.grid is None else None)
+
     def _link(self, branch: Branch, link_type: type[Link]) -> Link:
         before = self.link
         if before is None:
-            return link_type(Tape(branch.name), 0, branch, bottom=True)
+            return link_type(self._tape(branch.name), 0, branch, bottom=True)
         link = link_type(before.tape, before.position + 1, branch, bottom=before.silent)
         link.before = weakref.ref(before)
         link.undo = self.undo

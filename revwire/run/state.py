@@ -1,0 +1,344 @@
+"""What modules hold, noted before a branch runs, and put back for as long as it runs again.
+
+Noted are the contents of every container that a branch can change or depend on: the attributes, children, hooks,
+parameters and buffers of its modules, and the lists, dicts, sets and plain objects found among the attributes. Tensors
+are noted by their in-place version; those that no operator need announce a change of (buffers, tensors that are mere
+attributes) by a copy too, which is kept only where the forward did change them.
+
+What is noted must not keep the graph of an earlier call alive: of a tensor with a history, a detached one is noted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from operator import is_
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire._torch import AnyTrackingNorm, only_shapes, wraps_others
+from revwire.errors import ReplayError
+from revwire.run.ambient import RandomState, random_state
+from revwire.run.containers import Part, is_plain_object, same, swap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import ExitStack
+
+_INTERNAL = frozenset(nn.Module().__dict__)
+_HOOKS = tuple(
+    key for key in _INTERNAL if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+)
+_ATOMS = frozenset(
+    {
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        type(None),
+        type,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        range,
+        slice,
+    }
+    | {FunctionType, BuiltinFunctionType, MethodType, ModuleType}
+)
+_COPYABLE = 2**16
+"""Numbers in a tensor that is a mere attribute, up to which it is copied; a larger one may not change."""
+_MOST = 4096
+"""Containers noted for one branch; what lies deeper is left to the check of the second run."""
+
+
+class Noted:
+    """A tensor as a branch's forward found it, and the places (container, key) that it is noted at.
+
+    Attributes:
+        version: How often it had been changed in place.
+        copy: Its numbers, where they may change without a word; None once it is known that they did not.
+        moved: Whether the branch's own forward changed it, or others may without a word.
+    """
+
+    __slots__ = ("copy", "label", "moved", "places", "requires_grad", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, label: tuple[type, str], copy: Tensor | None) -> None:
+        self.tensor, self.version, self.requires_grad = tensor, tensor._version, tensor.requires_grad
+        self.label, self.copy, self.moved = label, copy, False
+        self.places: list[tuple[Any, Any]] = []
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.label[0].__name__}.{self.label[1]}"
+
+    def settle(self) -> None:
+        """See whether the forward changed it, now that it is over."""
+        self.moved |= self.tensor._version != self.version or (
+            self.copy is not None and self._moved_silently()
+        )
+        if not self.moved:
+            self.copy = None
+
+    def _moved_silently(self) -> bool:
+        """Whether its numbers are others though no operator said so (`.data`, F.batch_norm)."""
+        assert self.copy is not None
+        if only_shapes() or wraps_others(self.tensor) or self.tensor.layout is not torch.strided:
+            return False
+        if self.tensor.device.type != "cpu":
+            # comparing would wait for the device; a copy that is put back in vain does no harm
+            return self.tensor.is_floating_point()
+        return not torch.equal(self.copy, self.tensor)
+
+    def again(self) -> Tensor:
+        """What stands in for it in the second run."""
+        if self.moved:
+            assert self.copy is not None
+            return self.copy.clone().requires_grad_(self.requires_grad)
+        if self.tensor.requires_grad is self.requires_grad:
+            return self.tensor
+        # frozen or thawed since
+        other = self.tensor.detach().requires_grad_(self.requires_grad)
+        return nn.Parameter(other, self.requires_grad) if isinstance(self.tensor, nn.Parameter) else other
+
+    def check(self, where: str) -> None:
+        """See to it that it can be put back.
+
+        Raises:
+            ReplayError: it was changed in place, or freed.
+        """
+        tensor = self.tensor
+        if self.moved and self.copy is None:
+            raise ReplayError(
+                f"{where}: the branch itself changes {self.name} in place in its forward, so it cannot be run again as "
+                "it ran; change it outside of the forward (after optimizer.step()), or leave the block out with exclude="
+            )
+        if not self.moved and tensor._version != self.version:
+            raise ReplayError(
+                f"{where}: {self.name} was changed in place between forward and backward, so the branch cannot be "
+                "run again as it ran and its gradients would be wrong; call backward() before optimizer.step() or any other "
+                "update"
+            )
+        if tensor.numel() and not tensor.is_meta and not tensor.untyped_storage().nbytes():
+            raise ReplayError(
+                f"{where}: the memory of {self.name} was freed between forward and backward (a sharded parameter "
+                "outside of its own block?), so the branch cannot be run again"
+            )
+
+
+class ModuleState:
+    """What modules hold at the moment when this is made.
+
+    Args:
+        modules: The modules that a branch calls; their children are noted too.
+        own: What the branch's code reads itself, as (owner, name).
+
+    Attributes:
+        modules: The modules, and all below them.
+        generators: The states of random generators found among the attributes.
+    """
+
+    __slots__ = ("_contents", "_left", "_normed", "_scripted", "_seen", "_tensors", "generators", "modules")
+
+    def __init__(self, modules: Sequence[nn.Module], own: Iterable[tuple[nn.Module, str]]) -> None:
+        self._contents: list[tuple[Any, Any]] = []
+        self.modules = reached(modules)
+        self._normed: list[nn.Module] = []
+        self._scripted: list[tuple[Tensor, Tensor]] = []
+        self._tensors: dict[int, Noted] = {}
+        self._seen: set[int] = set()
+        self._left = _MOST
+        self.generators: list[RandomState] = []
+        for module in self.modules:
+            self._note_module(module)
+        for owner, key in own:
+            self._note_own(owner, key)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that were noted."""
+        return [n.tensor for n in self._tensors.values() if isinstance(n.tensor, nn.Parameter)]
+
+    def settle(self, where: str) -> None:
+        """Look at what the branch's forward, which is over, has changed.
+
+        Raises:
+            ReplayError: it changed a weight, which a second run would do once more.
+        """
+        for noted in self._tensors.values():
+            noted.settle()
+            if noted.moved and noted.copy is None:
+                noted.check(where)
+        self._scripted = [(b, copy) for b, copy in self._scripted if not torch.equal(b, copy)]
+        self.generators = [state for state in self.generators if state.moved()]
+
+    def check(self, where: str) -> None:
+        """See to it that all tensors can be put back.
+
+        Raises:
+            ReplayError: one was changed in place since the forward, or freed.
+        """
+        for noted in self._tensors.values():
+            noted.check(where)
+
+    def put_back(self, stack: ExitStack) -> None:
+        """Make the modules what they were; leaving the stack makes them what they are now again."""
+        for noted in self._tensors.values():
+            if noted.moved or noted.tensor.requires_grad is not noted.requires_grad:
+                again = noted.again()
+                for content, key in noted.places:
+                    content[key] = again
+        self._put_back_hooks(stack)
+        for container, content in self._contents:
+            if not same(container, content):
+                swap(container, content, stack)
+        for norm in self._normed:
+            # in training they read no statistics, and move them: those of copies
+            fresh = {k: None if b is None else b.clone() for k, b in norm._buffers.items()}
+            swap(norm._buffers, fresh, stack)
+        for buffer, copy in self._scripted:
+            # a script module's buffers cannot be others
+            now = buffer.clone()
+            buffer.copy_(copy)
+            stack.callback(buffer.copy_, now)
+
+    def _put_back_hooks(self, stack: ExitStack) -> None:
+        """Take off the hooks of modules that had none of the kind; those that had some are noted as containers."""
+        for module in self.modules:
+            own = module.__dict__
+            for key in _HOOKS:
+                if (hooks := own.get(key)) and id(hooks) not in self._seen:
+                    swap(hooks, {}, stack)
+
+    def _note_module(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            self._note_scripted(module)
+            return
+        own = module.__dict__
+        self._note(own, type(module))
+        for key in _HOOKS:
+            if hooks := own.get(key):
+                self._content(hooks, dict(hooks))
+        if children := module._modules:
+            self._content(children, children.copy())
+        if parameters := module._parameters:
+            self._note_tensors(parameters, type(module), copied=False)
+        if buffers := module._buffers:
+            norm = isinstance(module, AnyTrackingNorm)
+            if norm and module.training:
+                self._normed.append(module)
+            else:
+                # the statistics of a norm move with every forward in training, and say so to nobody
+                self._note_tensors(buffers, type(module), copied=True, moving=norm)
+
+    def _note_scripted(self, module: torch.jit.ScriptModule) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            self._tensor(parameter, (type(module), name), copied=False)
+        if module.training:
+            self._scripted += [(b, b.detach().clone()) for b in module.buffers(recurse=False)]
+
+    def _note_own(self, owner: nn.Module, key: str) -> None:
+        for container in (owner._parameters, owner._buffers, owner.__dict__):
+            if key in container and id(container) not in self._seen:
+                content = Part(container, key)
+                self._contents.append((container, content))
+                value = container[key]
+                if isinstance(value, Tensor):
+                    content[key] = self._plain(value)
+                    if value.grad_fn is None:
+                        noted = self._tensor(
+                            value, (type(owner), key), copied=container is not owner._parameters
+                        )
+                        noted.places.append((content, key))
+
+    def _content(self, container: Any, content: Any) -> None:
+        self._seen.add(id(container))
+        self._contents.append((container, content))
+
+    def _note_tensors(
+        self, tensors: Mapping[str, Tensor | None], owner: type, *, copied: bool, moving: bool = False
+    ) -> None:
+        content: dict[str, Any] = dict(tensors)
+        self._content(tensors, content)
+        for key, held in tensors.items():
+            if held is not None:
+                # torch.func.functional_call lends weights with a history
+                content[key] = tensor = self._plain(held)
+                noted = self._tensor(tensor, (owner, key), copied=copied)
+                noted.places.append((content, key))
+                noted.moved |= moving
+
+    def _tensor(self, tensor: Tensor, label: tuple[type, str], *, copied: bool) -> Noted:
+        noted = self._tensors.get(id(tensor))
+        if noted is None:
+            copy = tensor.detach().clone() if copied else None
+            noted = self._tensors[id(tensor)] = Noted(tensor, label, copy)
+        return noted
+
+    @staticmethod
+    def _plain(tensor: Tensor) -> Tensor:
+        return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+
+    def _note(self, container: Any, owner: type) -> None:
+        """Note a container's content, and those of the containers in it."""
+        kind = dict if isinstance(container, dict) else set if isinstance(container, set) else list
+        content: Any = kind(container)
+        self._content(container, content)
+        entries: Iterable[tuple[Any, Any]]
+        entries = container.items() if isinstance(container, dict) else enumerate(container)
+        internal = _INTERNAL if isinstance(container, dict) else ()
+        for key, value in entries:
+            if type(value) in _ATOMS or key in internal:
+                continue
+            cleaned = self._value(value, owner, key, content)
+            if cleaned is not value and not isinstance(content, set):
+                content[key] = cleaned
+
+    def _value(self, value: Any, owner: type, key: Any, content: Any) -> Any:
+        """Note what a container holds; returns what the note holds in its place."""
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                return value.detach().requires_grad_()
+            if not wraps_others(value) and not value.is_inference():
+                noted = self._tensor(value, (owner, str(key)), copied=value.numel() <= _COPYABLE)
+                if isinstance(content, dict | list):
+                    noted.places.append((content, key))
+            return value
+        if isinstance(value, nn.Module) or id(value) in self._seen or self._left <= 0:
+            return value
+        self._left -= 1
+        if isinstance(value, tuple):
+            return self._tuple(value, owner, key)
+        if isinstance(value, dict | list | set | deque):
+            self._note(value, owner)
+        elif (state := random_state(value)) is not None:
+            self.generators.append(state)
+        elif is_plain_object(value):
+            self._seen.add(id(value))
+            self._note(value.__dict__, type(value))
+        return value
+
+    def _tuple(self, value: tuple[Any, ...], owner: type, key: Any) -> Any:
+        cleaned = [v if type(v) in _ATOMS else self._value(v, owner, key, None) for v in value]
+        if all(map(is_, cleaned, value)) or type(value) is not tuple:
+            return value
+        return tuple(cleaned)
+
+
+def reached(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules and all below them, each once."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
