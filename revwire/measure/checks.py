@@ -228,6 +228,7 @@ class Runs:
         own += [tensor for step in made for tensor in step.link.held]
         runs = [run for step in made for run in step.link.runs]
         own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
+        own += [numbers for run in runs for numbers in run.sampled]
         excused = {id(t.untyped_storage()) for t in own}
         shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
         for step in made:

@@ -142,7 +142,7 @@ def _look_into(name: str, found: dict[int, Any], seen: set[str], steps: int) -> 
 
 
 def _drawn_from(value: Any) -> list[Any]:
-    """The generators that a global name leads to: itself, a module's own, that of a function (`from random import ...`)."""
+    """The generators that a global name leads to: itself, a module's, a function's (`from random import ...`)."""
     numpy = sys.modules.get("numpy")
     own: Any = getattr(random, "_inst")  # noqa: B009 - what the functions of the module are methods of
     if value is random:

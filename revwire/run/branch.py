@@ -109,6 +109,12 @@ class BranchRun:
         """Whether nothing was dropped."""
         return not self._tickets
 
+    @property
+    def sampled(self) -> list[Tensor]:
+        """The few numbers that the second run is compared with."""
+        samples = (self._of_output, self._of_saved[1] if self._of_saved else None)
+        return [sample.numbers for sample in samples if sample is not None]
+
     def forward(self, owner: Redeems, run: int, x: Tensor, sides: tuple[Any, ...], *, output: bool) -> Any:
         """The branch's output, with grad and with its saved tensors dropped.
 
@@ -128,7 +134,7 @@ class BranchRun:
 
         def drop(tensor: Tensor) -> Tensor | Ticket:
             nonlocal precision, last
-            if isinstance(tensor, nn.Parameter):
+            if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
             ticket = Ticket(owner, run, len(self._tickets))
             self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
@@ -181,7 +187,7 @@ class BranchRun:
 
         def collect(tensor: Tensor) -> Tensor | None:
             nonlocal count, off
-            if isinstance(tensor, nn.Parameter):
+            if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
             if count == len(self._tickets):
                 raise self._differs("saves more tensors")
@@ -249,8 +255,8 @@ class BranchRun:
 
 
 WHY = (
-    "so it is not the same run, and gradients would be wrong. What it depends on has changed since the forward in a way "
-    "that could not be put back: a weight without a mark (.data, a fused optimizer's step), a global, an object or an "
+    "so it is not the same run, and gradients would be wrong. What it depends on has changed since the forward in a "
+    "way that could not be put back: a weight without a mark (.data, a fused optimizer's step), a global, an object or an "
     "adapter's setting that it reads, random numbers of a generator of its own, another thread. Call backward() before "
     "such a change"
 )
@@ -266,8 +272,8 @@ def _redeem(packed: Tensor | Ticket) -> Tensor:
 
 def _no_backward(_: object) -> Tensor:
     raise ReplayError(
-        f"a tensor that a branch made when it ran again was used in a backward. Either {BACKWARD_INSIDE}; or it has a side "
-        "effect, such as a loss that it appends to a list, which happens twice: return the tensor instead"
+        f"a tensor that a branch made when it ran again was used in a backward. Either {BACKWARD_INSIDE}; or it has a "
+        "side effect, such as a loss that it appends to a list, which happens twice: return the tensor instead"
     )
 
 

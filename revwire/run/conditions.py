@@ -35,11 +35,22 @@ class Conditions:
         device: The device whose random state the branch may draw from, beside the CPU's.
     """
 
-    __slots__ = ("_ambient", "_autocast", "_context", "_hooks", "_kernels", "_modes", "_random", "_state")
+    __slots__ = (
+        "_ambient",
+        "_autocast",
+        "_context",
+        "_device",
+        "_hooks",
+        "_kernels",
+        "_modes",
+        "_random",
+        "_state",
+    )
 
     def __init__(
         self, modules: Sequence[nn.Module], own: Iterable[tuple[nn.Module, str]], device: torch.device
     ) -> None:
+        self._device = device
         self._context = contextvars.copy_context()
         self._modes = function_modes()
         self._kernels = tuple(allowed() for allowed, _ in KERNELS)
@@ -97,8 +108,9 @@ class Conditions:
                     swap(hooks, content, stack)
             for state in self._random:
                 stack.enter_context(state.restored())
-            for arguments in self._autocast:
-                stack.enter_context(torch.autocast(**arguments))
+            if self._autocast != autocast_now(self._device):
+                for arguments in self._autocast:
+                    stack.enter_context(torch.autocast(**arguments))
             for (allowed, allow), wanted in zip(KERNELS, self._kernels, strict=True):
                 if (now := allowed()) is not wanted:
                     allow(wanted)

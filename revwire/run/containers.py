@@ -37,7 +37,7 @@ def same(container: Any, content: Any) -> bool:
     if len(container) != len(content):
         return False
     if isinstance(container, dict):
-        return all(map(is_, container.values(), content.values())) and container.keys() == content.keys()
+        return all(map(is_, container.values(), content.values())) and [*container] == [*content]
     if isinstance(container, set):
         return bool(container == content)
     return all(map(is_, container, content))

@@ -63,9 +63,8 @@ class Sample:
             return 0.0
         first, second = self.numbers, _take(tensor)
         if first.device.type == "cpu":
-            size = float(torch.linalg.vector_norm(first)) / math.sqrt(len(first))
-            worst = float((second - first).abs_().max())
-            if worst <= bound * size:
+            worst = float(torch.dist(second, first, math.inf))
+            if not worst or worst * math.sqrt(len(first)) <= bound * float(torch.linalg.vector_norm(first)):
                 return 0.0
         return _judged(first, second, bound, allowed=self._allowed(error))
 

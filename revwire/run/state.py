@@ -115,13 +115,13 @@ class Noted:
         if self.moved and self.copy is None:
             raise ReplayError(
                 f"{where}: the branch itself changes {self.name} in place in its forward, so it cannot be run again as "
-                "it ran; change it outside of the forward (after optimizer.step()), or leave the block out with exclude="
+                "it ran; change it outside of the forward (after optimizer.step()), or leave the block out (exclude=)"
             )
         if not self.moved and tensor._version != self.version:
             raise ReplayError(
                 f"{where}: {self.name} was changed in place between forward and backward, so the branch cannot be "
-                "run again as it ran and its gradients would be wrong; call backward() before optimizer.step() or any other "
-                "update"
+                "run again as it ran and its gradients would be wrong; call backward() before optimizer.step() or "
+                "any other update"
             )
         if tensor.numel() and not tensor.is_meta and not tensor.untyped_storage().nbytes():
             raise ReplayError(
@@ -142,12 +142,23 @@ class ModuleState:
         generators: The states of random generators found among the attributes.
     """
 
-    __slots__ = ("_contents", "_left", "_normed", "_scripted", "_seen", "_tensors", "generators", "modules")
+    __slots__ = (
+        "_bare",
+        "_contents",
+        "_left",
+        "_normed",
+        "_scripted",
+        "_seen",
+        "_tensors",
+        "generators",
+        "modules",
+    )
 
     def __init__(self, modules: Sequence[nn.Module], own: Iterable[tuple[nn.Module, str]]) -> None:
         self._contents: list[tuple[Any, Any]] = []
         self.modules = reached(modules)
         self._normed: list[nn.Module] = []
+        self._bare: list[dict[int, Any]] = []
         self._scripted: list[tuple[Tensor, Tensor]] = []
         self._tensors: dict[int, Noted] = {}
         self._seen: set[int] = set()
@@ -208,11 +219,9 @@ class ModuleState:
 
     def _put_back_hooks(self, stack: ExitStack) -> None:
         """Take off the hooks of modules that had none of the kind; those that had some are noted as containers."""
-        for module in self.modules:
-            own = module.__dict__
-            for key in _HOOKS:
-                if (hooks := own.get(key)) and id(hooks) not in self._seen:
-                    swap(hooks, {}, stack)
+        for hooks in self._bare:
+            if hooks:
+                swap(hooks, {}, stack)
 
     def _note_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -220,9 +229,11 @@ class ModuleState:
             return
         own = module.__dict__
         self._note(own, type(module))
-        for key in _HOOKS:
-            if hooks := own.get(key):
+        for hooks in map(own.__getitem__, _HOOKS):
+            if hooks:
                 self._content(hooks, dict(hooks))
+            else:
+                self._bare.append(hooks)
         if children := module._modules:
             self._content(children, children.copy())
         if parameters := module._parameters:
@@ -292,7 +303,7 @@ class ModuleState:
         entries = container.items() if isinstance(container, dict) else enumerate(container)
         internal = _INTERNAL if isinstance(container, dict) else ()
         for key, value in entries:
-            if type(value) in _ATOMS or key in internal:
+            if type(value) in _ATOMS or key in internal:  # of most attributes there is nothing more to note
                 continue
             cleaned = self._value(value, owner, key, content)
             if cleaned is not value and not isinstance(content, set):

@@ -105,8 +105,8 @@ def _ended(over: Pass) -> None:
 
 def _another_run(step: str, off: float) -> ReplayError:
     return ReplayError(
-        f"{step}: run again in backward, the branch gives other numbers than in forward ({off:.1g} of their size apart), "
-        f"{WHY}. If it is meant to give others, exclude= the block; rewire(..., check=False) does not look"
+        f"{step}: run again in backward, the branch gives other numbers than in forward ({off:.1g} of their size "
+        f"apart), {WHY}. If it is meant to give others, exclude= the block; rewire(..., check=False) does not look"
     )
 
 

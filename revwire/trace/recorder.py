@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from revwire._torch import FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -73,6 +74,8 @@ class Recorder:
             stack.enter_context(uncached(self.root))
             self._stand_in_fakes()
             stack.enter_context(torch.enable_grad())
+            # a first call may come under a checkpoint's hooks, which count what is saved
+            stack.enter_context(saved_tensors_hooks(_unchanged, _unchanged))
             if self.fake is not None:
                 stack.enter_context(self.fake)
             stack.enter_context(patched_modules(self))
@@ -272,6 +275,10 @@ def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
     sources = ancestors(n for n in others if n is not None) | set(others)
     # both may be the caller's own arguments: then it is for the frame above to say
     return skip in sources or skip.op == "placeholder"
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _check_random(tracer: FrameTracer) -> None:
