@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parent.parent
-_LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+|[A-Za-z]+\.md)(#[^)]*)?\)")
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+|docs/[^)#]+|[A-Za-z]+\.md)(#[^)]*)?\)")
 _OWN = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
 
 

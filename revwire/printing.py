@@ -1,4 +1,4 @@
-"""One way to print: tables as text, and sizes as a person writes them."""
+"""How results print: as tables of text, with sizes as a person writes them."""
 
 from __future__ import annotations
 

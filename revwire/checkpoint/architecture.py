@@ -1,6 +1,6 @@
 """Which architecture a checkpoint belongs to: told by the caller, the file, the config beside it, or the tensors.
 
-And the tensors put into it: each tensor has its place, each place its tensor.
+And building it with the tensors put in, where every tensor must have a place and every place a tensor.
 """
 
 from __future__ import annotations

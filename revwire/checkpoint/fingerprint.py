@@ -1,7 +1,7 @@
 """Fingerprints of tensor names and shapes, and the indexes of those of timm's and torchvision's architectures.
 
-A fingerprint is a sum of hashes, one for each name and shape, so the part of it that classes, input size and channels
-change can be taken away again without knowing it beforehand.
+A fingerprint is a sum of hashes, one for each tensor's name and shape. So tensors whose shapes depend on the number of
+classes, the input size or the channels can be left out of it again by subtracting their hashes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which architecture a state dict is of, told from the names and shapes of its tensors.
 
-The indexes in the package name the candidates, and building them on the meta device decides: nothing is believed that
-does not fit strictly. Architectures that fit alike but compute something else are a tie, and a tie is the caller's.
+The indexes in the package name candidates; each is built on the meta device, and only one that the tensors fit exactly
+is believed. Architectures that fit alike but compute something else are a tie, which is left to the caller to decide.
 """
 
 from __future__ import annotations

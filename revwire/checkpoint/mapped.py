@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, opened anew as they are read: what was read once does not stay in memory."""
+"""Tensors of safetensors files; each read opens its file anew, so that what was read does not stay in memory."""
 
 from __future__ import annotations
 

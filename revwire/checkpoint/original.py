@@ -1,4 +1,4 @@
-"""The way back: a rewired checkpoint as one of the original model, which its library loads as its own."""
+"""The way back: from a rewired checkpoint to one of the original model, in the form that its library loads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether two models of the same tensors compute the same: the operations they run, compared one by one.
 
-Both run on the meta device, so it takes neither weights nor memory. The proof goes one way: models whose operations
-differ may still compute the same.
+Both run on the meta device, so it takes neither weights nor memory. Equal operations prove that the models compute the
+same; different ones prove nothing, as such models may still do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewired checkpoints, written whole or not at all: tensors as they are, the rewiring in the metadata."""
+"""Writes rewired checkpoints, complete or not at all: tensors as they are, the rewiring in the metadata."""
 
 from __future__ import annotations
 

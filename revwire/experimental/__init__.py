@@ -1,1 +1,1 @@
-"""Written, tested, and not yet shown to pay: nothing outside of this room depends on it being right to use."""
+"""Written and tested, but not yet shown to pay. Nothing of it runs unless it is asked for."""

@@ -5,7 +5,7 @@ again, while the device computes the gradients of this one. The idea is PaReprop
 2306.09342, section 3). It pays where one kernel does not fill the device, and takes the insides of one branch more.
 
 The second run goes to a stream of its own (`side`), the gradients stay on the one autograd runs (`main`). Three rules
-keep them apart, and tests/test_overlap.py checks that no two kernels meet without them:
+keep them apart, and tests/experimental/test_overlap.py checks that no two kernels meet without them:
 
 1. What runs ahead starts when everything issued on `main` so far is done: it reads what `main` made, and takes the
    memory of what `main` has let go.

@@ -1,4 +1,4 @@
-"""When two modules, or two residual branches, are of one kind: what is proven of one then holds for the other."""
+"""Whether two modules, or two residual branches, are of one kind, so that what is proven of one holds for the other."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Blocks of an `nn.Sequential` that keep their input's shape: steps for couplings that keep `x[i]` in `x[i+1]`.
 
-Such a block is `F(x) = G(x) - x`, wherever the model itself says what a block is.
+A child `G` of an `nn.Sequential` counts as the block `x + F(x)` with `F(x) = G(x) - x`, whatever its code does inside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A residual branch as Python code: a function of the module, the trunk and the side inputs."""
+"""Writes a residual branch as a Python function of the module, the trunk and the side inputs."""
 
 from __future__ import annotations
 

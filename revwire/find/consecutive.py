@@ -1,6 +1,7 @@
-"""Children that a frame calls one after the other, each on what the one before made for it alone: conv, norm, act.
+"""Children that a frame calls one after the other (conv, norm, act), each on the output of the one before.
 
-One after the other they are one function of the first one's input, wherever the author put no module around them.
+Nothing else reads those outputs, so together the children are one function of the first one's input, as if the author
+had put a module around them.
 """
 
 from __future__ import annotations

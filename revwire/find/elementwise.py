@@ -1,4 +1,4 @@
-"""What operations do to the elements of a trunk, proven by trying: activations, norms, scales, sums piece by piece."""
+"""What an operation does to the elements of a trunk: activations, norms and scales, told apart by trying them."""
 
 from __future__ import annotations
 

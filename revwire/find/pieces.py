@@ -1,4 +1,4 @@
-"""A trunk that is cut, changed in part and put together again: a residual of all of it, proven by trying."""
+"""Residuals that cut the trunk into pieces, add to some and join them again; recognised by trying them on noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a residual addition cannot become a step: what running its branch as one, and once more, would change."""
+"""Why a residual addition cannot become a step: running its branch in one piece, or again, would change results."""
 
 from __future__ import annotations
 

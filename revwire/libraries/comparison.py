@@ -1,4 +1,4 @@
-"""A model without its weights, compared: with the tensors of a state dict, and with another model."""
+"""Compares a model without weights (an outline) with the tensors of a state dict, or with another model."""
 
 from __future__ import annotations
 

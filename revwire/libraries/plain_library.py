@@ -1,4 +1,4 @@
-"""What is the same for every library whose models are a name and arguments, and whose files are their state dicts."""
+"""What libraries have in common whose models are built from a name and arguments, and whose files are state dicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One timm architecture with other classes, channels and input size: which tensors change, and what a shape tells.
+"""One timm architecture with other classes, channels or input size: what changes, and what a shape tells of it.
 
 Nothing is assumed of how a family names its tensors: an architecture is built twice on the meta device, as it is and
 with all three changed, and the two are compared.

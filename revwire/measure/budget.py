@@ -1,8 +1,8 @@
 """Choosing the dials so that a training step fits into given memory and loses as little time as it can.
 
-Fastest first: steps that keep their graph cost no second run; anchored steps stop theirs before its last product, those
-first where that spares most; then the transitions are run again; then branches are cut into slices. Steps of short
-trunks keep first: a late stage's graph is small for the time that its second run would take.
+Fastest first. Steps that keep their graph cost no second run. Anchored steps stop theirs before its last matrix
+product, those first where that spares most. Then the transitions are run again, then branches are cut into slices.
+Steps on small trunks keep their graph first: in a late stage of a pyramid, graphs are small for the time they save.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `verify` compares: copies of one model, wired in different ways."""
+"""The checks of `verify`: copies of one model, wired in different ways, run and compared."""
 
 from __future__ import annotations
 

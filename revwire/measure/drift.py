@@ -1,4 +1,4 @@
-"""How far the chain inputs that backward reconstructs are from the true ones."""
+"""How far the inputs of chains that backward reconstructs are from the true ones (drift)."""
 
 from __future__ import annotations
 

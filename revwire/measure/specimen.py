@@ -1,4 +1,8 @@
-"""Preparing the copy that `verify` measures: one on which each of its checks could fail."""
+"""Prepares the copy that `verify` measures, so that no check passes for the wrong reason.
+
+The BatchNorm statistics of a new network are moved and constant inputs become noise: with them as they are, a wrong
+result could equal the right one.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What will be rewired, and how each step will run: chains, dials, slices, transitions; a plan is data."""
+"""Decides what will be rewired and how each step will run: chains, dials, slices, transitions. The result is data."""

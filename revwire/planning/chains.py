@@ -1,8 +1,8 @@
 """Which residuals follow each other on one trunk: the chains of a recorded run, and why the rest is in none.
 
 A residual follows another when its skip is the very tensor that the other one's sum became, at most rearranged in
-between. Residuals that run inside the branch of a chained one are left alone; where a lone residual holds a chain
-inside its branch, the inner chain counts.
+between. Residuals that run inside the branch of a chained one are left alone. A residual that is in no chain but has
+one inside its branch is left alone itself, and the inner chain is taken.
 """
 
 from __future__ import annotations

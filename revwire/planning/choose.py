@@ -1,4 +1,4 @@
-"""From a recorded run to a fresh plan: its chains, and what the coupling will not do well on them."""
+"""From a recorded run to a fresh plan: its chains, and warnings where the coupling will not do well on them."""
 
 from __future__ import annotations
 

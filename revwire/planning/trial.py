@@ -1,4 +1,4 @@
-"""A branch tried on noise: whether slices of it come out as they do in the whole."""
+"""Runs a branch on noise, whole and in slices, and compares: whether each slice comes out as it does in the whole."""
 
 from __future__ import annotations
 

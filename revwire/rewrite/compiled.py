@@ -1,9 +1,9 @@
 """Branches run by torch.compile: one compilation for all that are structurally equal, however many blocks there are.
 
-torch.compile keeps what it compiled with a function's code, and guards it by the structure of the modules that the
-function is given. So branches whose code and modules are alike share one function; others get one of their own, as a
-function that serves too many kinds is not compiled any more. Sizes stay fixed in the compiled code: a size that became
-dynamic between forward and backward would make the second run of a branch another one than the first.
+torch.compile stores compiled code with the function that it compiled, guarded by the structure of the modules that the
+function is given. So branches whose code and modules are alike share one function. Others get one of their own, as
+torch.compile gives up on a function that it had to compile for too many kinds. Sizes stay fixed in the compiled code:
+if one became dynamic between forward and backward, the second run of a branch would be another one than the first.
 """
 
 from __future__ import annotations

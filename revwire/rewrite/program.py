@@ -1,8 +1,8 @@
 """What a rewired module runs: its frame's rewritten forward for each way it is called.
 
 A frame is traced for one call signature. Another one (an argument that was None, another shape where the code looks at
-shapes, train mode where the code looks at `self.training`, another `self.drop_rate`) is traced when it first comes;
-where that fails, the original forward runs on the merged tensor, and says so once.
+shapes, train mode where the code looks at `self.training`, another `self.drop_rate`) is traced when it first comes.
+Where that fails, the original forward runs on the merged tensor, with one warning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What runs in place of the forward of a block between chains that is run again in backward."""
+"""What replaces the forward of a block between chains, where that is to run again in backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One recorded run of a model, from which it is rewired with any dials."""
+"""One recorded run of a model, and rewiring the model from it, once or several times with other dials."""
 
 from __future__ import annotations
 

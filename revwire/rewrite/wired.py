@@ -1,4 +1,4 @@
-"""A rewired model, asked and undone: its plan, its options, and the way back to the classes that it had."""
+"""Questions to a rewired model (its plan, its options), and the way back to the classes that it had."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a branch depends on beside its module and its arguments: random numbers, autocast, kernels that are allowed."""
+"""What a branch depends on beside its modules and its arguments: random numbers, autocast, the kernels allowed."""
 
 from __future__ import annotations
 

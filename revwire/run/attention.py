@@ -2,9 +2,10 @@
 
     q @ k^T  ->  scale, bias, mask, views  ->  softmax  ->  dropout  ->  @ v
 
-Within `SlicedAttention` the first product makes no tensor but `Scores`, which take down what is done with them. The
-last product then runs all of it a slice of the leading dimensions (windows, samples, heads) at a time. Whatever else is
-done with scores, such as looking into them, makes them a tensor, whole, and the code goes on as it would have.
+Within `SlicedAttention` the first product computes nothing: it returns `Scores`, an object that looks like the tensor
+of scores and notes what is done with it. When the last product comes, everything noted is computed for one slice of the
+leading dimensions (windows, samples, heads) at a time. If the code does anything else with the scores, such as looking
+at their values, they are computed whole and the code goes on as it would have.
 """
 
 from __future__ import annotations

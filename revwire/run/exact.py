@@ -9,8 +9,9 @@ loses only what floor cuts off: nothing for |a| = 1, and k bits a value for |a| 
 The inverse takes the same rounded change away again and puts the k bits back. Gradients pass floor and round as if
 they were not there (straight-through), so autograd sees the recurrence of the float streams.
 
-Every stream is on the grid whatever happens, for a float beyond 2^24 units is a multiple of more than one of them. What
-can fail is only a sum that is too large to be exact. `Watch` sees that, and has the step keep its `x[i-1]`.
+Larger values are on the grid too, as floats beyond 2^24 units are whole multiples of a unit anyway; but a sum of such
+values may be rounded, and then the inverse would be off. `revwire.run.watch` sees that, and has the step keep its
+`x[i-1]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tensor that a chain holds from forward to backward, unchanged, and lets go of when nothing can ask for it again."""
+"""A tensor that a chain keeps from forward to backward: checked to be unchanged, freed after its last use."""
 
 from __future__ import annotations
 

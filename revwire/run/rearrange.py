@@ -1,7 +1,7 @@
 """Bijective rearrangements: operations that move a tensor's values around and lose none.
 
 They act on both streams of a chain alike, so a trunk may be reshaped or permuted between two steps (Swin's half
-blocks, channels-last nets) without leaving the chain. Used where chains are found and where they run.
+blocks, channels-last nets) without leaving the chain. Both the finding of chains and their running ask here.
 """
 
 from __future__ import annotations

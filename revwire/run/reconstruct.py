@@ -1,4 +1,4 @@
-"""The state before a step, `x[i-1]`, from the two after it: all at once, or slice by slice as the branch runs again."""
+"""Reconstructs `x[i-1]` from `x[i]` and `x[i+1]`: all at once, or slice by slice as the branch runs again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A run of operations on one value whose leading dimensions do not know of each other, done a slice of them at a time.
+"""Operations one after the other that act on each index of their leading dimensions by itself, run slice by slice.
 
-Forward holds what one slice makes, and keeps the operands alone; backward runs each slice again, with grad, and takes
-its gradients before the next. So does the second run of a branch, which this may stand in.
+Forward holds what one slice makes at a time and keeps only the operands for backward. Backward runs each slice again,
+with grad, and takes its gradients before it goes on to the next. Where this is part of a branch, the branch's second
+run does the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a trunk is cut into slices that a branch runs on one after the other."""
+"""How a trunk is cut into slices, on which a branch runs one after the other."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What travels between rewired blocks: two streams that look like one tensor.
 
-A rewired block hands the next one a `Streams`. Code in between sees the merged tensor as soon as it does anything but
-rearrange (reshape, permute, ...), which acts on both streams and keeps the chain alive.
+A rewired block hands the next one a `Streams`. Code in between that only rearranges (reshape, permute, ...) acts on
+both streams, and the chain goes on. Code that does anything else gets the merged tensor, and leaves the chain.
 """
 
 from __future__ import annotations

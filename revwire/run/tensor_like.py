@@ -1,4 +1,4 @@
-"""An object that code takes for a tensor which it is not yet."""
+"""An object that behaves like the tensor that it could become, and becomes one only when its values are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of an exact chain that are too large to be taken back exactly: seen, and their steps keep their input."""
+"""Notices sums of an exact chain that are too large to be undone exactly, and has their steps keep their `x[i-1]`."""
 
 from __future__ import annotations
 

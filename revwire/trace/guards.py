@@ -1,4 +1,4 @@
-"""What a traced frame looked at to decide what to run: its graph holds for calls that agree on it, and no others."""
+"""What a traced frame looked at to decide what to run. Its graph is used only for calls that agree on all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is put in the place of torch's own functions while a model is recorded, and taken away afterwards."""
+"""Replacements for functions of torch while a model is recorded; the originals are put back afterwards."""
 
 from __future__ import annotations
 

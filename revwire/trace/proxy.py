@@ -1,4 +1,4 @@
-"""Values that stand in for tensors while a frame's code runs on them, and take down what it does."""
+"""Objects that stand in for tensors while a frame's code runs on them, and record what it does with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a model to look at it must leave it as it was: attributes, caches and random states, noted and put back."""
+"""Attributes, caches and random states as they were: running a model to look at it must not change it."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ import copy
 import peft
 import pytest
 import torch
-from nets import assert_same, loss, pair
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import revwire
+from tests.helpers.nets import assert_same, loss, pair
 
 CONFIG = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["qkv", "fc1"], init_lora_weights=False)
 

@@ -8,9 +8,6 @@ import functools
 
 import pytest
 import torch
-from couplings import kept
-from nets import WIDTH, assert_same, gradients, loss, recur
-from pictures import Pictures, rewired
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -20,17 +17,15 @@ from torch.utils.checkpoint import (
 )
 
 import revwire
+from tests.helpers.nets import WIDTH, Residual, assert_same, gradients, loss, recur
+from tests.helpers.pictures import Pictures, rewired
+from tests.helpers.steps import kept
 
 DEPTH = 6
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2), nn.Tanh())
-
-    def forward(self, x):
-        return x + self.body(x)
+def block():
+    return Residual(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2), nn.Tanh())
 
 
 class Net(nn.Module):
@@ -39,7 +34,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
-        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+        self.blocks = nn.Sequential(*(block() for _ in range(DEPTH)))
         self.run = lambda blocks, x: blocks(x)
 
     def forward(self, x):

@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm
 import torch
-from couplings import kept
-from nets import NETS, assert_same, gradients, loss
-from pictures import vit
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import revwire
+from tests.helpers import compiling
+from tests.helpers.nets import NETS, assert_same, gradients, loss
+from tests.helpers.pictures import vit
+from tests.helpers.steps import kept
 
 # torch's own, from inside of dynamo
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -18,9 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 
 @pytest.fixture
 def counter():
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
+    yield compiling.fresh()
+    compiling.fresh()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -43,8 +42,7 @@ def test_compilations_do_not_grow_with_blocks_or_steps(counter):
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     counts = []
     for depth in (2, 6):
-        torch._dynamo.reset()
-        counter.frame_count = 0
+        compiling.fresh()
         model = torch.compile(revwire.rewire(vit(depth=depth), x), backend=counter)
         for _ in range(3):
             model(x).square().sum().backward()
@@ -54,22 +52,14 @@ def test_compilations_do_not_grow_with_blocks_or_steps(counter):
 
 def test_both_compilers_at_once(counter, monkeypatch):
     """`rewire(compile=True)` for the branches, torch.compile for the rest: again not one compilation more a block."""
-    from revwire.rewrite import compiled
-
-    monkeypatch.setattr(compiled, "_COMPILED", {})
-    compile_with = torch.compile
-    monkeypatch.setattr(
-        compiled.torch, "compile", lambda f, **options: compile_with(f, backend=counter, **options)
-    )
+    monkeypatch.setattr(torch, "compile", compiling.counted)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     counts = []
     for depth in (3, 6):
-        torch._dynamo.reset()
-        compiled._COMPILED.clear()
-        counter.frame_count = 0
+        compiling.fresh()
         model = revwire.rewire(vit(dropout=0.0, depth=depth), x, compile=True)
         plain = kept(model)
-        whole = compile_with(model, backend=counter)
+        whole = compiling.compile_with(model, backend=counter)
         for m in (plain, whole):
             for _ in range(2):
                 loss(m(x)).backward()

@@ -1,18 +1,15 @@
 """Averages, copies and files of a whole rewired model, also in a process that knows nothing of the first one."""
 
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm.utils
 import torch
-from nets import NETS, assert_same, gradients, loss, pair
 from torch.optim import swa_utils
 
 import revwire
+from tests.helpers.nets import NETS, assert_same, gradients, loss, pair
+from tests.helpers.programs import python
 
 each_net = pytest.mark.parametrize("name", ["loop", "vit", "convolutions"])
 
@@ -74,7 +71,7 @@ def test_the_statistics_of_an_average_are_gathered_anew():
 
 LOADS = """
 import pickle, sys, torch
-from nets import gradients, loss
+from tests.helpers.nets import gradients, loss
 import revwire
 folder = sys.argv[1]
 results = {}
@@ -106,13 +103,8 @@ def test_a_whole_model_is_loaded_in_another_process(tmp_path):
         out = reference(x)
         loss(out).backward()
         wanted[name] = [out, *gradients(reference)], type(reference.net).__qualname__
-    tests = str(Path(__file__).parent.parent)
-    path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", LOADS, str(tmp_path), *NETS],
-        check=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    done = python("-W", "error", "-c", LOADS, tmp_path, *NETS)
+    assert done.returncode == 0, done.stderr
     results = torch.load(tmp_path / "results.pt")
     for name, (tensors, kind) in wanted.items():
         for how in ("saved", "pickled"):

@@ -5,11 +5,11 @@ import io
 import onnxruntime
 import pytest
 import torch
-from couplings import RULES, Trunk, rewired
-from nets import NETS, assert_same, loss, pair
 from torch.export import Dim, export
 
 import revwire
+from tests.helpers.couplings import RULES, Trunk, rewired
+from tests.helpers.nets import NETS, assert_same, loss, pair
 
 each_net = pytest.mark.parametrize("name", NETS)
 # what a second run would take: random states, copies of buffers, dropped tensors; and types, which are no computation

@@ -1,11 +1,11 @@
-"""What docs/integrations.md says of torch.func; its code runs in tests/test_docs.py."""
+"""What docs/integrations.md says of torch.func; its code runs in tests/published."""
 
 import pytest
 import torch
-from nets import assert_same, pair
 from torch.func import functional_call, grad
 
 import revwire
+from tests.helpers.nets import assert_same, pair
 
 
 def test_a_functional_gradient_is_refused_by_torch_and_had_of_the_network_as_it_was():

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torchinfo
 import torchview
-from nets import NETS, assert_same, gradients, loss, pair
-from pictures import Pictures, rewired, vit
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import revwire
+from tests.helpers.nets import NETS, assert_same, gradients, loss, pair
+from tests.helpers.pictures import Pictures, rewired, vit
 
 each_net = pytest.mark.parametrize("name", ["loop", "vit", "convnext"])
 

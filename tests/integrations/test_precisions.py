@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from couplings import kept
-from nets import NETS, assert_same, gradients, loss, pair
 from torch import nn
+
+from tests.helpers.nets import NETS, assert_same, gradients, loss, pair
+from tests.helpers.steps import kept
 
 each_net = pytest.mark.parametrize("name", ["vit", "convnext", "resnet"])
 HALVES = [torch.bfloat16, torch.float16]

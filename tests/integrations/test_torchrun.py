@@ -6,33 +6,23 @@ compared, event by event, with plain autograd's backward through the same recurr
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from torchrun_worker import DEPTH
+
+from tests.helpers.programs import python
+from tests.helpers.torchrun_worker import DEPTH
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo")
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What the first of both processes found."""
     folder = tmp_path_factory.mktemp("torchrun")
-    path = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, HERE / "torchrun_worker.py", folder],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    worker = ["-m", "tests.helpers.torchrun_worker"]
+    done = python(*launch, *worker, folder, env={"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["ddp"]["events"] == second["ddp"]["events"]

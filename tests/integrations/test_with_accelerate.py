@@ -4,13 +4,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from couplings import kept
-from pictures import Pictures, assert_close, rewired, vit
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.utils.data import DataLoader
 
 import revwire
+from tests.helpers.branches import Net
+from tests.helpers.pictures import Pictures, assert_close, rewired, vit
+from tests.helpers.steps import kept
 
 
 @pytest.fixture(autouse=True)
@@ -74,22 +75,14 @@ def test_bf16_mixed_precision_and_the_way_back():
     assert torch.equal(model(x), wanted.float())
 
 
-class Tower(nn.Module):
+def tower():
     """The model's own forward holds the chain."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x).tanh()
-        return x
+    return Net(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)))
 
 
 def test_a_model_that_holds_the_chain_itself_is_unwired_under_the_wrapper():
     torch.manual_seed(0)
-    model, x = Tower(), torch.randn(2, 6)
+    model, x = tower(), torch.randn(2, 6)
     wanted = model(x)
     revwire.rewire(model, x)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
@@ -105,6 +98,6 @@ def test_rewiring_what_was_prepared_for_mixed_precision():
     """Blocks are found under the wrapper; a chain in the wrapped forward itself is not, and the reason is told."""
     model, x = Accelerator(cpu=True, mixed_precision="bf16").prepare(vit().float()), Pictures(2).pictures
     assert len(list(revwire.plan_of(revwire.rewire(model, x.float())).steps)) == 6
-    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(Tower())
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(tower())
     with pytest.raises(revwire.RewireError, match="under a context of its own"):
         revwire.rewire(prepared, torch.randn(2, 6))

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from couplings import kept
-from pictures import CLASSES, SIZE, Pictures, assert_close
 from torch.utils.data import Dataset
 from transformers import (
     ConvNextV2Config,
@@ -16,6 +14,8 @@ from transformers import (
 )
 
 import revwire
+from tests.helpers.pictures import CLASSES, SIZE, Pictures, assert_close
+from tests.helpers.steps import kept
 
 # transformers pins no memory where there is no accelerator, and torch says so
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")

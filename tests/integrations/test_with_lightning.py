@@ -3,11 +3,12 @@
 import lightning
 import pytest
 import torch
-from couplings import kept
 from lightning.pytorch.utilities.model_summary import ModelSummary
-from pictures import Pictures, assert_close, rewired, vit
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.utils.data import DataLoader
+
+from tests.helpers.pictures import Pictures, assert_close, rewired, vit
+from tests.helpers.steps import kept
 
 # advice of Lightning's about workers, and what it calls of torch's
 pytestmark = [

@@ -4,14 +4,14 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
-from couplings import kept
-from pictures import CLASSES, Pictures, assert_close, rewired, vit
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import resume_checkpoint
 from torch.utils.data import DataLoader
 
 import revwire
+from tests.helpers.pictures import CLASSES, Pictures, assert_close, rewired, vit
+from tests.helpers.steps import kept
 
 EPOCHS = 2
 

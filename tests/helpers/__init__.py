@@ -1,0 +1,1 @@
+"""What tests share: nets with their recurrences by hand, comparisons, and stand-ins."""
