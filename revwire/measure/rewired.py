@@ -27,6 +27,7 @@ def rewired(
     plan: Plan | None = None,
     compile: bool = False,  # noqa: A002 - as torch and Lightning name it
     overlap: bool = False,
+    check: bool = True,
     **options: Any,
 ) -> tuple[nn.Module, Plan]:
     """Rewire a model in place; the arguments are those of `revwire.rewire`.
@@ -49,7 +50,7 @@ def rewired(
         chosen = dials.turned(recording.fresh, recording.found)
     else:
         chosen = fitting(plan, recording.fresh, recording.found)
-    return recording.rewire(model, chosen, compiled=compile, overlap=overlap), chosen
+    return recording.rewire(model, chosen, compiled=compile, overlap=overlap, check=check), chosen
 
 
 def split_dials(options: Mapping[str, Any]) -> tuple[Dials, dict[str, Any]]:

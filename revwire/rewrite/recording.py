@@ -61,7 +61,13 @@ class Recording:
         return cls(found, fresh, Options(kind, exact=streams))
 
     def rewire(
-        self, model: nn.Module, chosen: Plan, *, compiled: bool = False, overlap: bool = False
+        self,
+        model: nn.Module,
+        chosen: Plan,
+        *,
+        compiled: bool = False,
+        overlap: bool = False,
+        check: bool = True,
     ) -> nn.Module:
         """Rewire the model that was recorded, or a copy of it as it was then; returns it.
 
@@ -70,13 +76,16 @@ class Recording:
             chosen: What to rewire of it.
             compiled: Have torch.compile run the branches.
             overlap: Have second runs start beside the gradients of the step after theirs.
+            check: Have the numbers of second runs compared.
 
         Raises:
             RewireError: there is nothing to rewire, or a module of it cannot be.
         """
         if not chosen.chains:
             raise RewireError(nothing_to_rewire(chosen))
-        apply_plan(model, chosen, self.found, replace(self.options, compile=compiled, overlap=overlap))
+        apply_plan(
+            model, chosen, self.found, replace(self.options, compile=compiled, overlap=overlap, check=check)
+        )
         return model
 
 

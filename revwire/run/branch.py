@@ -21,12 +21,12 @@ from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
 from revwire.run.ambient import no_weight_cache
 from revwire.run.conditions import Conditions, observe
 from revwire.run.sample import Sample, can_sample
-from revwire.run.slices import Slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from revwire.run.options import Mode
+    from revwire.run.slices import Slices
 
 
 BACKWARD_INSIDE = "it runs a backward pass of its own inside forward, which cannot be run again"
@@ -189,16 +189,10 @@ class BranchRun:
             nonlocal count, off
             if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
-            if count == len(self._tickets):
-                raise self._differs("saves more tensors")
-            ticket, shape, dtype = self._tickets[count]
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise self._differs(
-                    f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}"
-                )
+            ticket = self._ticket_for(count, tensor)
             if self._of_saved is not None and self._of_saved[0] == count:
                 off = self._of_saved[1].difference(tensor, error)
-            if ticket() is not None:
+            if ticket is not None:
                 saved[count] = tensor.detach()
             count += 1
             if not output and count == len(self._tickets):
@@ -215,6 +209,15 @@ class BranchRun:
         if self._of_output is not None:
             off = self._of_output.difference(out, error)
         return out, saved, off
+
+    def _ticket_for(self, index: int, tensor: Tensor) -> Ticket | None:
+        """The ticket that a tensor saved again stands for, None if nobody has it any more."""
+        if index == len(self._tickets):
+            raise self._differs("saves more tensors")
+        ticket, shape, dtype = self._tickets[index]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise self._differs(f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}")
+        return ticket()
 
     def output_again(self, current: Tensor, error: float | None = 0.0) -> tuple[Tensor, float | Tensor]:
         """The output of the same run, without grad, and how far its numbers are off."""
@@ -256,9 +259,9 @@ class BranchRun:
 
 WHY = (
     "so it is not the same run, and gradients would be wrong. What it depends on has changed since the forward in a "
-    "way that could not be put back: a weight without a mark (.data, a fused optimizer's step), a global, an object or an "
-    "adapter's setting that it reads, random numbers of a generator of its own, another thread. Call backward() before "
-    "such a change"
+    "way that could not be put back: a weight without a mark (.data, a fused optimizer's step), a global, an object "
+    "or an adapter's setting that it reads, random numbers of a generator of its own, another thread. "
+    "Call backward() before such a change"
 )
 
 
@@ -273,7 +276,7 @@ def _redeem(packed: Tensor | Ticket) -> Tensor:
 def _no_backward(_: object) -> Tensor:
     raise ReplayError(
         f"a tensor that a branch made when it ran again was used in a backward. Either {BACKWARD_INSIDE}; or it has a "
-        "side effect, such as a loss that it appends to a list, which happens twice: return the tensor instead"
+        "side effect, such as a loss that it appends to a list, which happens twice: return it instead"
     )
 
 

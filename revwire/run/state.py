@@ -10,6 +10,7 @@ What is noted must not keep the graph of an earlier call alive: of a tensor with
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -147,6 +148,7 @@ class ModuleState:
         "_contents",
         "_left",
         "_normed",
+        "_replaced",
         "_scripted",
         "_seen",
         "_tensors",
@@ -162,6 +164,7 @@ class ModuleState:
         self._scripted: list[tuple[Tensor, Tensor]] = []
         self._tensors: dict[int, Noted] = {}
         self._seen: set[int] = set()
+        self._replaced: dict[int, Any] = {}
         self._left = _MOST
         self.generators: list[RandomState] = []
         for module in self.modules:
@@ -184,7 +187,7 @@ class ModuleState:
             noted.settle()
             if noted.moved and noted.copy is None:
                 noted.check(where)
-        self._scripted = [(b, copy) for b, copy in self._scripted if not torch.equal(b, copy)]
+        self._scripted = [(b, was) for b, was in self._scripted if not torch.equal(b, was)]
         self.generators = [state for state in self.generators if state.moved()]
 
     def check(self, where: str) -> None:
@@ -211,10 +214,10 @@ class ModuleState:
             # in training they read no statistics, and move them: those of copies
             fresh = {k: None if b is None else b.clone() for k, b in norm._buffers.items()}
             swap(norm._buffers, fresh, stack)
-        for buffer, copy in self._scripted:
+        for buffer, was in self._scripted:
             # a script module's buffers cannot be others
             now = buffer.clone()
-            buffer.copy_(copy)
+            buffer.copy_(was)
             stack.callback(buffer.copy_, now)
 
     def _put_back_hooks(self, stack: ExitStack) -> None:
@@ -228,7 +231,9 @@ class ModuleState:
             self._note_scripted(module)
             return
         own = module.__dict__
-        self._note(own, type(module))
+        if self._note(own, type(module)) is not None:
+            # a module is there as long as its model, so its own attributes may be held
+            self._contents.append((own, self._replaced.pop(id(own))))
         for hooks in map(own.__getitem__, _HOOKS):
             if hooks:
                 self._content(hooks, dict(hooks))
@@ -294,20 +299,33 @@ class ModuleState:
     def _plain(tensor: Tensor) -> Tensor:
         return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
-    def _note(self, container: Any, owner: type) -> None:
-        """Note a container's content, and those of the containers in it."""
+    def _note(self, container: Any, owner: type) -> Any | None:
+        """Note a container's content, and those of the containers in it.
+
+        Returns:
+            None; or, where a tensor with a history is in it, a copy without one, which is to be noted in its place.
+        """
         kind = dict if isinstance(container, dict) else set if isinstance(container, set) else list
         content: Any = kind(container)
+        at = len(self._contents)
         self._content(container, content)
         entries: Iterable[tuple[Any, Any]]
         entries = container.items() if isinstance(container, dict) else enumerate(container)
         internal = _INTERNAL if isinstance(container, dict) else ()
+        history = False
         for key, value in entries:
             if type(value) in _ATOMS or key in internal:  # of most attributes there is nothing more to note
                 continue
             cleaned = self._value(value, owner, key, content)
-            if cleaned is not value and not isinstance(content, set):
-                content[key] = cleaned
+            if cleaned is not value:
+                history = True
+                if kind is not set:
+                    content[key] = cleaned
+        if not history or kind is set:
+            return None
+        self._replaced[id(container)] = content
+        self._contents[at] = (content, content)  # the container itself is held by nobody here
+        return content
 
     def _value(self, value: Any, owner: type, key: Any, content: Any) -> Any:
         """Note what a container holds; returns what the note holds in its place."""
@@ -320,18 +338,28 @@ class ModuleState:
                     noted.places.append((content, key))
             return value
         if isinstance(value, nn.Module) or id(value) in self._seen or self._left <= 0:
-            return value
+            return self._replaced.get(id(value), value)
         self._left -= 1
         if isinstance(value, tuple):
             return self._tuple(value, owner, key)
         if isinstance(value, dict | list | set | deque):
-            self._note(value, owner)
-        elif (state := random_state(value)) is not None:
+            clean = self._note(value, owner)
+            return (
+                value if clean is None else deque(clean, value.maxlen) if isinstance(value, deque) else clean
+            )
+        if (state := random_state(value)) is not None:
             self.generators.append(state)
         elif is_plain_object(value):
-            self._seen.add(id(value))
-            self._note(value.__dict__, type(value))
+            return self._object(value)
         return value
+
+    def _object(self, value: Any) -> Any:
+        self._seen.add(id(value))
+        if (attributes := self._note(value.__dict__, type(value))) is None:
+            return value
+        other = self._replaced[id(value)] = copy.copy(value)
+        other.__dict__.update(attributes)
+        return other
 
     def _tuple(self, value: tuple[Any, ...], owner: type, key: Any) -> Any:
         cleaned = [v if type(v) in _ATOMS else self._value(v, owner, key, None) for v in value]
