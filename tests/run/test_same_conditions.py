@@ -288,7 +288,8 @@ class DefaultDtype(Branch):
 KINDS = [
     Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData, BufferInsideData,
     FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator, AttributeSet,
-    MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, ModeChanged, ContextVariable, FunctionMode, DefaultDtype,
+    MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, ModeChanged, ContextVariable,
+    FunctionMode, DefaultDtype,
 ]  # fmt: skip
 
 
