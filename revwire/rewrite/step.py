@@ -31,6 +31,7 @@ def run_step(
     trunk: Any,
     sides: tuple[Any, ...],
     *,
+    begins: bool = False,
     ends: bool,
 ) -> Any:
     """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`.
@@ -42,6 +43,8 @@ def run_step(
         options: How steps run.
         trunk: What enters it.
         sides: What the branch reads beside the trunk.
+        begins: Whether it begins one: the pair that another chain hands on, as training may take another way than
+            the planning run, is merged then.
         ends: Whether it ends its chain and hands on a plain tensor.
 
     Returns:
@@ -65,7 +68,7 @@ def run_step(
     function = _attention_sliced(step, options, branch, 1 if slices is None else slices.count(trunk.shape))
     link_type = OverlappedLink if options.overlap and can_overlap(trunk.device) else Link
     run = Branch(step.name, function, modules, owners, slices, step.mode)
-    if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
+    if not isinstance(trunk, Streams) or begins or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     replay = options.replay and not torch.compiler.is_exporting()
     following = trunk.advance(run, sides, replay=replay, link_type=link_type)
