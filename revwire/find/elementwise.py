@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from revwire.libraries.drop import drops
+from revwire.libraries.rates import DROPOUTS
 from revwire.trace.graph import dependents, seen_through
 
 if TYPE_CHECKING:
@@ -21,17 +22,10 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn import functional
 
 from revwire.trace.frame import Frame, original_forward
 
 _PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div}
-# as a dropout module does, these drop in training alone; they too are tried at rest
-_DROPOUTS: set[Any] = {
-    getattr(functional, kind)
-    for kind in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-}
-_DROPOUTS |= {torch.dropout, torch.alpha_dropout, torch.feature_alpha_dropout, torch.feature_dropout}
 _PRODUCT_METHODS = {"mul", "mul_", "div", "div_", "multiply", "__mul__", "__rmul__", "__truediv__"}
 
 
@@ -56,8 +50,8 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
         module = copy.copy(module)
         module.training = False  # dropout acts on each element alone too, but would shuffle the proof
         call = original_forward(module)
-    elif node.target in _DROPOUTS:
-        call = torch.clone
+    elif node.target in DROPOUTS:
+        call = torch.clone  # as a dropout module, tried at rest
     elif node.op == "call_function" and node.args and node.args[0] is source:
         call = _Rest(node.target, node.args[1:], node.kwargs)
     elif node.op == "call_method":

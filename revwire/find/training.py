@@ -57,6 +57,14 @@ class Training:
                 return f"in training {why}, {_LEAVE_OUT}; have both modes run the same sum, or exclude the module"
         return None
 
+    def same(self, residual: Residual) -> Residual | None:
+        """A residual as training runs it; None where it was not recorded."""
+        path = residual.frame.path
+        for frame in (*self.frames.get(path, ()), *self.alone.get(path, ())):
+            if frame.graph is not None and (found := self._same(residual, frame)) is not None:
+                return found.with_post(residual.post_name) or found
+        return None
+
     def parts(self, before: Residual, after: Residual) -> bool:
         """Whether training, where it runs both, does something to the trunk between two residuals."""
         left = {same.leaving for same in self._calls(before)}
