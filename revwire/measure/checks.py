@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from revwire.measure.live_bytes import LiveBytes
+from revwire.measure.modes import both_modes
 from revwire.measure.report import Check
-from revwire.measure.specimen import cast, move_statistics, move_weights
+from revwire.measure.specimen import cast, difference, floats, move_statistics, move_weights, seed
 from revwire.measure.step import mean_square
 from revwire.planning.choose import FLOAT32_ROUNDING, MOST_NOISE
 from revwire.pytree import tree_leaves
@@ -94,7 +95,9 @@ class Runs:
         apply_plan(pristine, plan, found, options)
         # of the rewired network, which is another function
         move_statistics(pristine, args, kwargs)
-        self.original.load_state_dict(pristine.state_dict())
+        moved = dict(pristine.named_buffers())
+        for name, buffer in self.original.named_buffers():
+            buffer.data.copy_(moved[name])
 
     def wired(self, **changed: Any) -> nn.Module:
         """A rewired copy of the model, with other options where there are `changed` ones."""
@@ -106,6 +109,10 @@ class Runs:
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
         return Check("state_dict, changed", len(changed), 0, ", ".join(changed[:3]))
 
+    def modes(self) -> Iterator[Check]:
+        """Invariant 9: every step runs rewired in both modes, which are one function."""
+        yield from both_modes(self.original, self.wired, self.plan, self.options, (self.args, self.kwargs))
+
     def decomposition(self, *, training: bool) -> Check:
         """Invariant 2: the rewritten code with the plain recurrence is the original network."""
         dtype = torch.float64 if self.parallel else None
@@ -114,10 +121,10 @@ class Runs:
         outputs = []
         for model in models:
             model.to(dtype).train(training)
-            torch.manual_seed(1)
+            seed(1)
             with torch.no_grad():
-                outputs.append(_floats(model(*args, **kwargs)))
-        figure = max((_difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
+                outputs.append(floats(model(*args, **kwargs)))
+        figure = max((difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
         how = (
             "relative, in float64 (parallel branches)"
             if self.parallel
@@ -210,7 +217,7 @@ class Runs:
             move_weights(model, draw)
         model.to(dtype).train(training)
         args, kwargs = cast((self.args, self.kwargs), dtype)
-        torch.manual_seed(2)
+        seed(2)
         mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs))
@@ -250,7 +257,7 @@ class Runs:
         for model in (original, back):
             model.eval()
             with torch.no_grad():
-                outputs.append(_floats(model(*self.args, **self.kwargs)))
+                outputs.append(floats(model(*self.args, **self.kwargs)))
         differing = sum(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
         return Check("unwired, differing", sum(classes) + differing, 0)
 
@@ -277,21 +284,9 @@ def _steps_watched(meter: LiveBytes) -> Iterator[list[Ran]]:
 
 
 def _storages(model: nn.Module) -> dict[str, int]:
-    return {key: tensor.untyped_storage().data_ptr() for key, tensor in model.state_dict().items()}
-
-
-def _floats(output: Any) -> list[Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _difference(wanted: Tensor, found: Tensor) -> float:
-    if wanted.shape != found.shape:
-        return float("inf")
-    difference = float((wanted - found).abs().max()) if wanted.numel() else 0.0
-    return (
-        difference / max(float(wanted.abs().max()), 1e-300) if wanted.dtype == torch.float64 else difference
-    )
+    # a state_dict may hold what is no tensor (get_extra_state)
+    state = model.state_dict().items()
+    return {key: each.untyped_storage().data_ptr() for key, each in state if isinstance(each, Tensor)}
 
 
 def _worst_gradient(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, str]:
@@ -313,10 +308,3 @@ def _random_state(*inputs: Any) -> Tensor:
     devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"}
     states = [torch.get_device_module(d).get_rng_state(d) for d in sorted(devices, key=str)]
     return torch.cat([torch.get_rng_state(), *states])
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The random state after the block is the one before it."""
-    with torch.random.fork_rng():
-        yield

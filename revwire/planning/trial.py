@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from revwire.errors import ReplayError
 from revwire.find.branch_code import step_code
 from revwire.libraries.rates import Undropped, stop_dropping
+from revwire.planning.copies import copied
 from revwire.planning.state import State
 from revwire.run.attention import SlicedAttention
 
@@ -68,7 +68,7 @@ class Trial:
 
     def __init__(self, residual: Residual, trained: Residual | None = None) -> None:
         self._codes = step_code(residual), step_code(trained or residual)
-        self._module = _with_weights(copy.deepcopy(residual.frame.module)).float().eval()
+        self._module = _with_weights(copied(residual.frame.module)).float().eval()
         stop_dropping(self._module)
         # a layer scale of zero would agree with anything
         make_branches_count(self._module)
