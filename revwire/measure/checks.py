@@ -16,13 +16,13 @@ from revwire.measure.modes import both_modes
 from revwire.measure.report import Check
 from revwire.measure.specimen import cast, difference, floats, move_statistics, move_weights, seed
 from revwire.measure.step import mean_square
+from revwire.measure.watching import Growth, around_steps
 from revwire.planning.choose import FLOAT32_ROUNDING, MOST_NOISE
 from revwire.pytree import tree_leaves
 from revwire.rewrite.swap import apply_plan
 from revwire.rewrite.wired import unwire, with_options
 from revwire.run.coupling import Original
 from revwire.run.exact import dropped_bits
-from revwire.run.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from revwire.measure.drift import Drifts
     from revwire.planning.plan import Plan
     from revwire.run.options import Options
+    from revwire.run.streams import Streams
     from revwire.run.tape import Link
 
 
@@ -68,6 +69,7 @@ class Step:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
     random: Tensor
+    growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,11 @@ class Runs:
         rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
         worst, where = _worst_gradient(plain.gradients, found.gradients)
         noise, note = self._noise(FLOAT32_ROUNDING, training=training)
+        growth = exact.growth * GRADIENT_ROUNDINGS * FLOAT32_ROUNDING
+        if growth > GRADIENT_BOUND:
+            note += f"; states are reconstructed with {exact.growth:.3g} roundings of their own size"
         where += f"; plain autograd itself is {rounding:.1e} off{note}"
-        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(noise, MOST_NOISE))
+        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(max(noise, growth), MOST_NOISE))
         return Check(
             f"gradients, {'train' if training else 'eval'}, float32",
             worst,
@@ -218,9 +223,12 @@ class Runs:
         model.to(dtype).train(training)
         args, kwargs = cast((self.args, self.kwargs), dtype)
         seed(2)
-        mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+        growth = Growth()
+        with growth.watched():
+            loss = mean_square(model(*args, **kwargs))
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs))
+        return Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs), growth.factor)
 
     def memory(self) -> Check:
         """Invariant 4: of what a step makes, nothing is held when the forward is over."""
@@ -266,21 +274,17 @@ class Runs:
 def _steps_watched(meter: LiveBytes) -> Iterator[list[Ran]]:
     """The steps that run in the block, each with the storages that were made while it ran."""
     made: list[Ran] = []
-    advance = Streams.advance
 
-    def watched(streams: Streams, *args: Any, **kwargs: Any) -> Streams:
+    def note(step: Callable[[], Streams], *_: Any) -> Streams:
         before = {id(ref) for ref in meter.counted()}
-        following = advance(streams, *args, **kwargs)
+        following = step()
         assert following.link is not None
         new = [ref for ref in meter.counted() if id(ref) not in before]
         made.append(Ran(following.link, following.current.nbytes, new))
         return following
 
-    Streams.advance = watched  # type: ignore[method-assign, assignment]
-    try:
+    with around_steps(note):
         yield made
-    finally:
-        Streams.advance = advance  # type: ignore[method-assign]
 
 
 def _storages(model: nn.Module) -> dict[str, int]:

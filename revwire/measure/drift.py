@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +11,20 @@ from torch import Tensor, nn
 from revwire.errors import RewireError
 from revwire.measure.specimen import seed
 from revwire.measure.step import mean_square
+from revwire.measure.watching import around_steps
 from revwire.printing import Printed
 from revwire.pytree import tree_leaves
 from revwire.rewrite.wired import with_options
 from revwire.run.exact import exact_of
-from revwire.run.streams import Streams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from revwire.planning.plan import Chain, Plan
     from revwire.run.options import Options
+    from revwire.run.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,13 @@ def _differences(
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     model.train()
+
+    def counted(step: Callable[[], Streams], *_: Any) -> Streams:
+        running[0] += 1
+        return step()
+
     seed(3)
-    with _steps_counted(running), torch.autocast(device, torch.bfloat16, enabled=autocast):
+    with around_steps(counted), torch.autocast(device, torch.bfloat16, enabled=autocast):
         loss = mean_square(model(*args, **kwargs))
     backward = True
     loss.backward()  # type: ignore[no-untyped-call]
@@ -126,22 +131,6 @@ def _drift_of(first: list[tuple[int, Tensor]], last: list[Tensor]) -> float | No
     # a branch may call it several times, as often when it runs again; of a run that stops early, as often as it got
     calls = min(sum(1 for at, _ in first if at == step), len(last))
     return _difference(given, last[-calls])
-
-
-@contextmanager
-def _steps_counted(running: list[int]) -> Iterator[None]:
-    """Has `running` hold the number of the step that runs."""
-    advance = Streams.advance
-
-    def counted(streams: Streams, *args: Any, **kwargs: Any) -> Streams:
-        running[0] += 1
-        return advance(streams, *args, **kwargs)
-
-    Streams.advance = counted  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        Streams.advance = advance  # type: ignore[method-assign]
 
 
 def _first_module(model: nn.Module, chain: Chain) -> nn.Module | None:

@@ -6,7 +6,7 @@ network as it was is one function then, in float64, the rewired one has to be on
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +17,16 @@ from revwire.errors import RewireError
 from revwire.libraries.rates import Undropped, stop_dropping
 from revwire.measure.report import Check
 from revwire.measure.specimen import cast, difference, floats, seed
+from revwire.measure.watching import around_steps
 from revwire.planning.copies import copied
-from revwire.run.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from revwire.planning.plan import Plan
+    from revwire.run.branch import Branch
     from revwire.run.options import Options
+    from revwire.run.streams import Streams
 
 STEPS = "steps not rewired"
 BOUND = 1e-10
@@ -56,7 +58,7 @@ def both_modes(
         names = set[str]()
         failure = ""
         try:
-            with _steps_named(names):
+            with around_steps(partial(_named, names)):
                 found.append(_output(wired(fallback="error"), args, kwargs, training=training))
         except RewireError as error:
             failure = str(error)
@@ -93,17 +95,6 @@ def _apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max((difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
 
 
-@contextmanager
-def _steps_named(names: set[str]) -> Iterator[None]:
-    """Notes the names of the steps that run in the block."""
-    advance = Streams.advance
-
-    def watched(streams: Streams, branch: Any, *args: Any, **kwargs: Any) -> Streams:
-        names.add(branch.name)
-        return advance(streams, branch, *args, **kwargs)
-
-    Streams.advance = watched  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        Streams.advance = advance  # type: ignore[method-assign]
+def _named(names: set[str], step: Callable[[], Streams], _: Streams, branch: Branch) -> Streams:
+    names.add(branch.name)
+    return step()
