@@ -10,6 +10,7 @@ from torch import Tensor
 from revwire._torch import memory_of
 from revwire.find.alike import plain_attributes
 from revwire.pytree import tree_flatten, tree_unflatten
+from revwire.trace.frame import identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from revwire._torch import TreeSpec
+    from revwire.trace.frame import Identity
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 class Repeated:
-    """Runs modules on fake tensors, each kind once for each kind of call."""
+    """Runs modules on fake tensors, each kind once for each kind of call.
 
-    def __init__(self) -> None:
+    Args:
+        origins: Which tensor each rearranged tensor came from: a trunk that is only moved around is still that trunk.
+    """
+
+    def __init__(self, origins: dict[Identity, Identity]) -> None:
+        self._origins = origins
         self._kinds: dict[int, tuple[Any, ...] | None] = {}
         self._known: dict[tuple[Any, ...], tuple[list[Any], TreeSpec]] = {}
 
@@ -46,7 +53,9 @@ class Repeated:
         output = forward(*args, **kwargs)
         made, structure = tree_flatten(output)
         tensors = [leaf for leaf in made if isinstance(leaf, Tensor)]
-        new = all(memory_of(leaf) not in given | held for leaf in tensors)
+        new = all(
+            memory_of(leaf) not in given | held and identity(leaf) not in self._origins for leaf in tensors
+        )
         plain = all(isinstance(leaf, Tensor) or type(leaf) in _PLAIN for leaf in made)
         kept = before == [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
         # what changes its input, or hands on a part of it, runs itself

@@ -150,7 +150,7 @@ class _TrainingRecorder(Recorder):
         self._wanted = {id(evaluated.root.get_submodule(path)) for path in wanted}
         around = {path[:end] for path in wanted for end in _ends(path)}
         self._around = {id(evaluated.root.get_submodule(path)) for path in around}
-        self._repeated = Repeated()
+        self._repeated = Repeated(self.origins)
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
         if id(module) in self._wanted:

@@ -49,7 +49,7 @@ class Growth:
             following = step()
             assert following.link is not None
             tape = following.link.tape
-            _, sizes = self._sizes.setdefault(id(tape), (tape, [_size(streams.current)]))
+            sizes = self._sizes.setdefault(id(tape), (tape, [_size(streams.current)]))[1]
             sizes.append(_size(following.current))
             return following
 

@@ -88,9 +88,13 @@ def _slices_now(
     cut = step.slicing
     if cut is None or not options.sliced or trunk.shape[cut.dim] < 2 or len(sides) != len(cut.sides):
         return None
-    # a side input of one row serves all samples
-    if any(c and len(s) != trunk.shape[cut.dim] for c, s in zip(cut.sides, sides, strict=True)):
-        return None
+    length = trunk.shape[cut.dim]
+    for is_cut, side in zip(cut.sides, sides, strict=True):
+        rows = len(side) if isinstance(side, Tensor) and side.ndim else 0
+        # a side input of one row, or of no dimension, serves all samples; one that has as many rows as there are
+        # samples may have had another number when it was proven that it is not to be cut
+        if cut.dim == 0 and is_cut is not (rows == length):
+            return None
     return None if mixes_now(modules) else cut
 
 
