@@ -239,7 +239,9 @@ class Runs:
             output = model(*self.args, **self.kwargs)
         # what the model hands out is not the step's, nor what other steps read of it (T5's position bias); and each
         # chain holds its last pair, once
-        own = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        # activations that it puts on modules are its own as well
+        kept = [vars(m)[key] for m in model.modules() for key in vars(m) if not key.startswith("_")]
+        own = [t for t in tree_leaves([output, kept]) if isinstance(t, Tensor)]
         own += [tensor for step in made for tensor in step.link.held]
         runs = [run for step in made for run in step.link.runs]
         own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
