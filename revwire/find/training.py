@@ -19,6 +19,7 @@ from revwire.find.repeated import Repeated
 from revwire.libraries.drop import drops
 from revwire.pytree import tree_unflatten
 from revwire.trace.frame import Frame, Identity, TraceFailure, original_forward
+from revwire.trace.guards import same
 from revwire.trace.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -57,18 +58,20 @@ class Training:
                 return f"in training {why}, {_LEAVE_OUT}; have both modes run the same sum, or exclude the module"
         return None
 
-    def same(self, residual: Residual) -> Residual | None:
-        """A residual as training runs it; None where it was not recorded."""
+    def trained(self, residual: Residual) -> Residual | None:
+        """A residual as training runs it, on the same side inputs; None where that was not recorded."""
         path = residual.frame.path
         for frame in (*self.frames.get(path, ()), *self.alone.get(path, ())):
             if frame.graph is not None and (found := self._same(residual, frame)) is not None:
-                return found.with_post(residual.post_name) or found
+                moved = found.with_post(residual.post_name) or found
+                if len(moved.sides) == len(residual.sides):
+                    return moved
         return None
 
     def parts(self, before: Residual, after: Residual) -> bool:
         """Whether training, where it runs both, does something to the trunk between two residuals."""
-        left = {same.leaving for same in self._calls(before)}
-        entering = [same.entering for same in self._calls(after)]
+        left = {twin.leaving for twin in self._calls(before)}
+        entering = [twin.entering for twin in self._calls(after)]
         return bool(left and entering) and not any(
             left.intersection(_sources(at, self.origins)) for at in entering
         )
@@ -84,8 +87,8 @@ class Training:
 
     def _calls(self, residual: Residual) -> Iterator[Residual]:
         for frame in self.frames.get(residual.frame.path, ()):
-            if frame.graph is not None and (same := self._same(residual, frame)) is not None:
-                yield same.with_post(residual.post_name) or same
+            if frame.graph is not None and (twin := self._same(residual, frame)) is not None:
+                yield twin.with_post(residual.post_name) or twin
 
     def _same(self, residual: Residual, frame: Frame) -> Residual | None:
         found = self._residuals[id(frame)]
@@ -97,21 +100,29 @@ class Training:
         return {id(f): find_residuals(f)[0] or find_blocks(f) for f in every if f.graph is not None}
 
     def _differs(self, residual: Residual, frame: Frame) -> str | None:
-        same, where = self._same(residual, frame), f"the residual at {residual.line}"
-        if same is None or same.line != residual.line:
-            return f"{where} is not there" + (f": it adds at {same.line} instead" if same else "")
-        if same.refused:
-            return same.refused
-        if (moved := same.with_post(residual.post_name)) is None:
+        twin, where = self._same(residual, frame), f"the residual at {residual.line}"
+        if twin is None or twin.line != residual.line:
+            return f"{where} is not there" + (f": it adds at {twin.line} instead" if twin else "")
+        if twin.refused:
+            return twin.refused
+        if (moved := twin.with_post(residual.post_name)) is None:
             return f"{where} has no {residual.post_name} after the sum"
-        if (same.scale is None) != (residual.scale is None) or same.parallel != residual.parallel:
+        if (twin.scale is None) != (residual.scale is None) or twin.parallel != residual.parallel:
             return f"{where} adds something else up"
         called, planned = _lasting(moved), _lasting(residual.with_post(residual.post_name) or residual)
         if called != planned:
             return f"{where} calls {', '.join(called) or 'no child'}, not {', '.join(planned) or 'none'}"
-        if len(moved.sides) != len(residual.sides):
+        # a mask that a run on real numbers leaves out is another call, no other mode
+        if _called_alike(frame, residual.frame) and len(moved.sides) != len(residual.sides):
             return f"{where} has a branch that reads other values of its frame"
         return None
+
+
+def _called_alike(one: Frame, other: Frame) -> bool:
+    """Whether two calls have the same structure of arguments, with tensors in the same places."""
+    if one.guards.spec != other.guards.spec or len(one.guards.constants) != len(other.guards.constants):
+        return False
+    return all(map(same, one.guards.constants, other.guards.constants))
 
 
 def _lasting(residual: Residual) -> tuple[str, ...]:
