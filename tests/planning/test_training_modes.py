@@ -593,3 +593,19 @@ def test_a_chain_never_goes_on_into_another_one(transitions):
     for training in (False, True):
         assert_same([model.train(training)(x)], [wanted[training]])
     assert_gradients_as_kept(model, x)
+
+
+def test_a_block_of_a_sequence_that_changes_its_shape_in_training_is_none():
+    """For couplings that take whole blocks: tokens dropped in training alone leave no `G(x) - x`."""
+
+    class Drops(nn.Module):
+        def forward(self, x):
+            return x[:, ::2] if self.training else x * 1.0
+
+    x = torch.randn(3, 4, WIDTH, dtype=torch.float64)
+    layers = [nn.Linear(WIDTH, WIDTH), Drops(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]
+    assert not revwire.plan(nn.Sequential(*layers).double(), x, coupling="momentum").chains
+    del layers[1]
+    assert [
+        len(c.steps) for c in revwire.plan(nn.Sequential(*layers).double(), x, coupling="momentum").chains
+    ] == [3]
