@@ -47,6 +47,7 @@ __all__ = [
     "function_modes",
     "is_traceable_wrapper_subclass",
     "keeps_graph",
+    "memory_of",
     "not_compiled",
     "only_shapes",
     "quiet_fake_tensors",
@@ -142,6 +143,11 @@ def at_end_of_backward(callback: Callable[[], object]) -> None:
 
 _HELD_HERE = 2
 """The references to a storage that nothing else holds: its tensor's, and that of the object which asks."""
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, fake ones too."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def solely_held(tensor: Tensor) -> bool:

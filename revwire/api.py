@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from revwire.planning.plan import Plan
     from revwire.run.coupling import Coupling
     from revwire.run.exact import Grid
+    from revwire.run.options import Fallback
 
 
 def plan(
@@ -74,6 +75,7 @@ def rewire(
     compile: bool = False,  # noqa: A002 - as torch and Lightning name it
     overlap: bool = False,
     check: bool = True,
+    fallback: Fallback = "error",
 ) -> nn.Module:
     """Turn the chains of residual blocks of `model` into reversible ones, in place.
 
@@ -113,6 +115,9 @@ def rewire(
         check: Compare a few numbers of every second run with those of the first, and raise `revwire.ReplayError` where
             they differ by more than rounding: something that the branch depends on has changed. Costs less than 1 % of
             a step; leave it on.
+        fallback: What a call of a rewired module does that cannot be traced (another signature than was planned, whose
+            code decides by numbers): `"error"` raises a RewireError that says why; `"original"` runs the module's own
+            forward with a warning, which is another function than the rewired one, and keeps all that autograd saves.
 
     Returns:
         The same model.
@@ -138,6 +143,7 @@ def rewire(
         compile=compile,
         overlap=overlap,
         check=check,
+        fallback=fallback,
     )
     if overlap:
         warnings.warn(EXPERIMENTAL, stacklevel=2)

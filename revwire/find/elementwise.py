@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from revwire.libraries.drop import drops
+from revwire.libraries.rates import DROPOUTS
 from revwire.trace.graph import dependents, seen_through
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
         module = copy.copy(module)
         module.training = False  # dropout acts on each element alone too, but would shuffle the proof
         call = original_forward(module)
+    elif node.target in DROPOUTS:
+        call = torch.clone  # as a dropout module, tried at rest
     elif node.op == "call_function" and node.args and node.args[0] is source:
         call = _Rest(node.target, node.args[1:], node.kwargs)
     elif node.op == "call_method":

@@ -33,18 +33,14 @@ _once = cast("Callable[[_Maker], _Maker]", functools.cache)  # classes are hasha
 
 def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
     """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
-    last = {id(chain.steps[-1]) for chain in chosen.chains if not chain.open}
     wanted: dict[str, dict[int, Step]] = {run.module: {} for run in chosen.joined}
-    ends: dict[str, set[int]] = {}
     for step in chosen.steps:
-        own, ending = wanted.setdefault(step.module, {}), ends.setdefault(step.module, set())
+        own = wanted.setdefault(step.module, {})
         known = own.get(step.residual)
-        # a step that a shared module runs in the middle of a chain too always hands on both streams
-        if id(step) in last and (known is None or step.residual in ending):
-            ending.add(step.residual)
-        else:
-            ending.discard(step.residual)
         own[step.residual] = step if known is None else replace(step, mode=known.mode)
+    # a step that a shared module runs in the middle of a chain too takes, and hands on, both streams
+    begins = _always(chosen, {id(chain.steps[0]) for chain in chosen.chains})
+    ends = _always(chosen, {id(chain.steps[-1]) for chain in chosen.chains if not chain.open})
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program | Recomputed] = {p: Recomputed(p, options) for p in chosen.recomputed}
     for path, steps in wanted.items():
@@ -55,7 +51,15 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
             )
         try:
             joined = tuple(run for run in chosen.joined if run.module == path)
-            programs[path] = Program(frames[path], steps, frozenset(ends.get(path, ())), options, joined)
+            programs[path] = Program(
+                frames[path],
+                steps,
+                frozenset(i for i in steps if (path, i) in ends),
+                options,
+                joined,
+                begins=frozenset(i for i in steps if (path, i) in begins),
+                trained=found.training.variants(path),
+            )
         except TraceFailure as failure:
             raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
     for path, program in programs.items():
@@ -64,6 +68,12 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         module.__class__ = _rewired_class(type(module))
     model.__dict__[PLAN] = chosen
     model.__class__ = _settling_class(type(model))
+
+
+def _always(chosen: Plan, places: set[int]) -> set[tuple[str, int]]:
+    """The module and residual of the steps that stand in such a place of their chain whenever they run."""
+    elsewhere = {(step.module, step.residual) for step in chosen.steps if id(step) not in places}
+    return {(step.module, step.residual) for step in chosen.steps} - elsewhere
 
 
 @_once

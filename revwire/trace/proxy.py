@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, fx
 
 from revwire.trace.frame import TraceFailure
+from revwire.trace.health import finite, outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,6 +105,13 @@ class ValueProxy(fx.Proxy):
         return self.value
 
     def __bool__(self) -> bool:
+        checked: set[fx.Node] = set()
+        # only of a tensor: what is decided by a shape is a constant of the graph
+        if isinstance(self.value, Tensor) and (healthy := outcome(self.node, checked)) is not None:
+            for node in sorted(checked, key=lambda node: int(node.meta["order"])):
+                line = self.node.meta["line"]
+                self.tracer.create_proxy("call_function", finite, (ValueProxy(node, self.tracer), line), {})
+            return healthy
         return bool(self._concrete())
 
     def __int__(self) -> int:

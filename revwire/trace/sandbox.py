@@ -130,4 +130,8 @@ def random_kept() -> Iterator[None]:
 def python_random() -> Any:
     """The states of the generators that Python code decides by: Python's, and numpy's where it is loaded."""
     numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy.random.get_state()[1].tobytes() if numpy else None
+    if numpy is None:
+        return random.getstate(), None
+    _, words, position, *rest = numpy.random.get_state()
+    # one draw moves the position alone
+    return random.getstate(), (words.tobytes(), position, *rest)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
+_READS_NUMBERS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+
+
 class Computes(Protocol):
     """Who runs the code that is traced, and computes example values for it."""
 
@@ -142,7 +145,9 @@ class FrameTracer(TracerBase):
         came = any(source.meta.get("of_object") for source in node.all_input_nodes) and not isinstance(
             value, Tensor
         )
-        node.meta.update(value=value, version=0, of_object=came or is_object(value))
+        # numbers read out of a tensor, of a run on real ones, are no constants of the code, as its sizes are
+        read = str(node.target) in _READS_NUMBERS or getattr(node.target, "__name__", "") in _READS_NUMBERS
+        node.meta.update(value=value, version=0, of_object=came or read or is_object(value))
         if isinstance(value, Tensor):
             node.meta["version"] = value._version
             self._newest[id(value)] = node

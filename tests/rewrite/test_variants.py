@@ -69,7 +69,7 @@ def test_a_call_that_cannot_be_traced_runs_the_original_and_says_so_once():
 
     x, net = inputs(), InTurn(Block(), Block()).double()
     wanted = net(x, True)
-    model = revwire.rewire(net, x)
+    model = revwire.rewire(net, x, fallback="original")
     with pytest.warns(
         UserWarning, match="runs the original forward: its forward decides by the numbers"
     ) as caught:
