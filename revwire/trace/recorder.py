@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from revwire._torch import FakeTensorMode, quiet_fake_tensors
+from revwire._torch import FakeTensor, FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.frame import Frame, Identity, TraceFailure, identity, original_forward
 from revwire.trace.graph import ancestors, drop_unused, seen_through
-from revwire.trace.guards import Inlined, constant_for, is_input, may_inline, names_in, settings_of
-from revwire.trace.patches import FunctionsRecorded, patched_functions, patched_modules
+from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
+from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
 from revwire.trace.proxy import ValueProxy, answering_isinstance
+from revwire.trace.reads import Reads
 from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
 from revwire.trace.sums import joined_arguments
 from revwire.trace.tracer import FrameTracer
@@ -36,17 +36,24 @@ class Recorder:
     """Runs a model, or one frame of it, once on example values, and records every frame.
 
     Use as a context manager: inside, modules called through `nn.Module.__call__` trace themselves (without their
-    hooks), parameters and buffers are fake stand-ins, and random state is left as it was.
+    hooks), reads of parameters and buffers are given fake stand-ins, and random state is left as it was.
 
     Args:
         root: The model, or the one module.
         nested: Trace the frames of children too.
         real: Run on real tensors, for a model that decides by the numbers in them.
         inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
+        grad: Whether the code runs with gradients enabled.
     """
 
     def __init__(
-        self, root: nn.Module, *, nested: bool = True, real: bool = False, inline: Iterable[str] = ()
+        self,
+        root: nn.Module,
+        *,
+        nested: bool = True,
+        real: bool = False,
+        inline: Iterable[str] = (),
+        grad: bool = True,
     ) -> None:
         self.root = root
         self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,6 +64,8 @@ class Recorder:
         self._nested = nested
         self._calling: Frame | None = None
         self._alive: list[Any] = []
+        self._grad = grad
+        self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._names = {id(m): name for name, m in root.named_modules()}
         self._inline = {id(root.get_submodule(path)) for path in inline}
 
@@ -64,15 +73,14 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Fake parameters, patched calls and saved random state, for the length of the block."""
         with ExitStack() as stack:
+            stack.enter_context(TRACING)
             # what the model warns of here it warns of again when it runs, there with the line that is to blame
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            stack.enter_context(random_kept())
+            stack.enter_context(silent())
+            stack.enter_context(random_kept(drawn=self.fake is None))
             stack.enter_context(quiet_fake_tensors())
             stack.enter_context(attributes_kept(self.root))
             stack.enter_context(uncached(self.root))
-            self._stand_in_fakes()
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.set_grad_enabled(self._grad))
             if self.fake is not None:
                 stack.enter_context(self.fake)
             stack.enter_context(patched_modules(self))
@@ -81,18 +89,22 @@ class Recorder:
             stack.enter_context(FunctionsRecorded(self))
             yield
 
-    def _stand_in_fakes(self) -> None:
-        for module in self.root.modules():
-            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in stores:
-                for key, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[key] = self._stand_in(tensor)
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """What a parameter or buffer is in this run: always the same fake tensor or, `real`, the same copy."""
+        if id(tensor) in self._stand_ins:
+            return self._stand_ins[id(tensor)][1]
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        with self.unobserved():
+            made = self._like(tensor)
+        self._stand_ins[id(tensor)] = self._stand_ins[id(made)] = (tensor, made)
+        return made
 
-    def _stand_in(self, tensor: Tensor) -> Tensor:
+    def _like(self, tensor: Tensor) -> Tensor:
         if self.fake is not None:
             return self.fake.from_tensor(tensor)
-        return nn.Parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        copy = tensor.detach().clone()
+        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
     def example(self, tree: Any) -> Any:
         """`tree` with fake tensors like its own (or, `real`, copies of them) in their place; objects are copied.
@@ -102,7 +114,7 @@ class Recorder:
 
         def stand_in(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                return self._stand_in(leaf.detach())
+                return self._like(leaf.detach())
             # an object that the run may change is a copy too, with fake tensors in it
             return snapshot(leaf, stand_in) if is_object(leaf) else leaf
 
@@ -169,8 +181,8 @@ class Recorder:
         self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run a child's code as part of the frame being traced."""
-        training = module.training if "training" in names_in(type(module)) else None
-        tracer.guards.inlined[path] = Inlined(path, type(module), training, settings_of(module))
+        with self.unobserved():
+            tracer.guards.inlined[path] = Inlined(path, type(module), Reads(module))
         attributes = Attributes(module)
         output = original_forward(module)(*args, **kwargs)
         if changed := attributes.changed():
@@ -217,8 +229,7 @@ class Recorder:
         leaves, frame.guards.spec = tree_flatten((args, kwargs))
         frame.guards.constants = tuple(map(constant_for, leaves))
         frame.arguments = _argument_names(module, args, kwargs)
-        frame.guards.settings = settings_of(module)
-        frame.guards.training = module.training if "training" in names_in(type(module)) else None
+        frame.guards.reads = Reads(module)
         inputs = [
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +97,25 @@ class Attributes:
     def put_back(self) -> None:
         """Make it as it was."""
         for _, container, content in self._kept:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            if isinstance(container, list):
+                if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+                    container[:] = content
+            elif list(container) != list(content):
+                _put_back_keys(container, content)
+            else:
+                # never empty for a moment: another thread may be running the module
+                container.update({k: v for k, v in content.items() if container[k] is not v})
+
+
+def _put_back_keys(container: dict[Any, Any], content: dict[Any, Any]) -> None:
+    """A dict as it was, the order of its keys too, and those that it keeps always there."""
+    for key in container.keys() - content.keys():
+        del container[key]
+    container.update(content)
+    if list(container) != list(content):
+        for key, value in content.items():
+            del container[key]
+            container[key] = value
 
 
 def _entries(container: Any) -> dict[Any, Any]:
@@ -117,14 +134,25 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_kept() -> Iterator[None]:
-    """The generators of torch and Python as they were, whatever the block draws."""
-    state, python = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
+def random_kept(*, drawn: bool) -> Iterator[None]:
+    """The generators of Python, numpy and torch as they were, whatever the block draws.
+
+    Args:
+        drawn: Whether numbers are drawn of torch's generators too. On fake tensors none are; to put back what has
+            not moved would take away what another thread drew meanwhile.
+    """
+    numpy = sys.modules.get("numpy")
+    python, state = random.getstate(), numpy.random.get_state() if numpy else None
+    before = python_random()
+    devices = range(torch.cuda.device_count()) if drawn and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices) if drawn else nullcontext():
+        try:
+            yield
+        finally:
+            if python_random() != before:
+                random.setstate(python)
+                if numpy:
+                    numpy.random.set_state(state)
 
 
 def python_random() -> Any:

@@ -1,0 +1,433 @@
+"""What a frame's code reads beside its arguments: found by the names that it mentions, checked by code made of that.
+
+Whatever the code may read, by any path from the module, a global or a closure, is noted as it is: plain values by
+value, functions and classes by identity, objects and containers by what is in them. Not by their own identity, as a
+deep copy of a model runs the same code. More is noted than the code reads (a name stands for every attribute of that
+name), never less; what it costs is another trace where something changed that did not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextvars import ContextVar
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from revwire.trace.code import Cached, Mentioned, entry_of, functions_in, is_foreign, mentioned, owners
+from revwire.trace.same import same
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+_INTERNAL = {*nn.Module().__dict__, "training"}
+_STORES = ("_modules", "_parameters", "_buffers")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+# what is one object wherever it is
+_SINGLE = (bool, type(None), type(...), Enum, torch.dtype, torch.layout, torch.memory_format)
+_PLAIN = (int, float, complex, str, bytes, range, slice, torch.Size, torch.device)
+_SKIPPED = (logging.Logger, logging.LoggerAdapter, torch.Generator)
+
+# code with one of these reads names that it does not mention
+_COMPUTED = {"getattr", "vars", "__dict__", "dir", "attrgetter", "__getattribute__"}
+# ... and this is how it asks for what is not there
+_ASKS = {"hasattr", "getattr", "vars", "__dict__", "dir", "get"}
+_CATCHES = {"AttributeError", "Exception", "BaseException", "suppress"}
+_KINDS = {"isinstance", "issubclass", "type", "__class__"}
+_SHAPES = {"shape", "size", "ndim", "dim", "numel", "nelement", "len", "stride"}
+_TYPES = {"dtype", "type", "is_floating_point", "is_complex", "element_size", "itemsize"}
+_ALL_BELOW = {"children", "modules", "named_children", "named_modules", "_modules", "get_submodule"}
+
+_CONTEXTS: dict[str, Callable[[], Any]] = {
+    "is_grad_enabled": torch.is_grad_enabled,
+    "is_inference_mode_enabled": torch.is_inference_mode_enabled,
+    "get_default_dtype": torch.get_default_dtype,
+    "is_autocast_enabled": lambda: tuple(map(torch.is_autocast_enabled, ("cpu", "cuda"))),
+    "is_autocast_cpu_enabled": lambda: torch.is_autocast_enabled("cpu"),
+    "get_autocast_dtype": lambda: tuple(map(torch.get_autocast_dtype, ("cpu", "cuda"))),
+    "get_autocast_cpu_dtype": lambda: torch.get_autocast_dtype("cpu"),
+    "get_autocast_gpu_dtype": lambda: torch.get_autocast_dtype("cuda"),
+    "are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled,
+}
+
+_DEEP = 8  # attributes of attributes; nobody writes longer paths
+_LONG = 64  # containers with more are compared as wholes
+_PASSES = 12  # each follows the names that the code found by the one before mentions
+# called without being mentioned
+_CALLED = {"__init__", "__new__", "__post_init__", "__call__"}
+_UNCALLED = {"__init__", "__new__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__setattr__", "__del__"}
+_UNCALLED |= {"__getstate__", "__setstate__", "__deepcopy__", "__copy__", "__init_subclass__", "__post_init__"}
+
+
+class Reads:
+    """What the code of a module's forward reads, as it was when this was made.
+
+    Args:
+        module: The module; its class's `forward` is the code.
+
+    Attributes:
+        tests_identity: Whether the code asks `is` of anything.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        walk = _Walk(module)
+        self.tests_identity = walk.tests_identity
+        self._source = walk.source()
+        self._namespace = walk.namespace
+        self._check: Callable[[nn.Module], bool] | None = None
+
+    def hold(self, module: nn.Module) -> bool:
+        """Whether the code would read the same of this module (the one that was looked at, or a copy) and around it."""
+        if self._check is None:
+            exec(compile(self._source, "<revwire guards>", "exec"), self._namespace)  # noqa: S102 - written below
+            self._check = self._namespace["check"]
+        return self._check(module)
+
+
+class _Walk:
+    """Follows what code mentions, and writes down a check of what it finds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names: set[str] = set()
+        self.words: set[str] = set()
+        self.tests_identity = False
+        self._functions: dict[int, FunctionType] = {}
+        self._forward(module)
+        for _ in range(_PASSES):
+            known = len(self.names), len(self._functions)
+            self._pass(module)
+            if known == (len(self.names), len(self._functions)):
+                break
+
+    def source(self) -> str:
+        """The check, as Python code."""
+        body = "\n".join(f"  {line}" for line in self._lines)
+        errors = "(KeyError, AttributeError, IndexError, TypeError, ValueError, LookupError)"
+        return f"def check(self):\n try:\n{body}\n  return True\n except {errors}:\n  return False\n"
+
+    def _pass(self, module: nn.Module) -> None:
+        self.namespace: dict[str, Any] = {"same": same, "kind_of": _kind_of, "Tensor": Tensor}
+        self._lines: list[str] = []
+        self._seen: dict[int, str] = {}
+        self._globals: set[tuple[int, str]] = set()
+        self._variables = 0
+        self._computed = not self.names.isdisjoint(_COMPUTED)
+        self._absent = set(self.words) if not self.names.isdisjoint(_ASKS) else set()
+        if not self.names.isdisjoint(_CATCHES):
+            self._absent |= self.names
+        self._forward(module)
+        for name in sorted(self.names & _CONTEXTS.keys()):
+            self._demand(f"same({self._constant(_CONTEXTS[name])}(), {self._constant(_CONTEXTS[name]())})")
+        if not self.names.isdisjoint({"environ", "getenv"}):
+            for word in sorted(self.words & os.environ.keys() | {w for w in self.words if w.isupper()}):
+                self._demand(f"{self._constant(os.environ)}.get({word!r}) == {os.environ.get(word)!r}")
+        self._module(module, "self", 0)
+        done = 0
+        while done < len(self._functions):  # more are found on the way
+            self._function(list(self._functions.values())[done])
+            done += 1
+
+    def _forward(self, module: nn.Module) -> None:
+        if (entry := entry_of(type(module), "forward")) is None:
+            return
+        owner, member = entry
+        for function in functions_in(member):
+            self._follow(function, whole=True)
+        if hasattr(self, "_lines"):
+            self._demand(f"{self._constant(vars(owner))}['forward'] is {self._constant(member)}")
+
+    def _follow(self, function: FunctionType, *, whole: bool = False) -> None:
+        """Take a function for code that may run; `whole`: torch's own too, if it is a module's."""
+        if id(function) in self._functions or (not whole and is_foreign(function.__module__)):
+            return
+        self._functions[id(function)] = function
+        found: Mentioned = mentioned(function.__code__)
+        self.names |= found.names | found.words
+        self.words |= found.words
+        self.tests_identity |= found.tests_identity
+
+    # what is written
+
+    def _constant(self, value: Any) -> str:
+        if value is None or value is True or value is False:
+            return repr(value)
+        name = f"c{id(value):x}"
+        self.namespace[name] = value
+        return name
+
+    def _variable(self, at: str) -> str:
+        if at.isidentifier():
+            return at
+        self._variables += 1
+        self._lines.append(f"v{self._variables} = {at}")
+        return f"v{self._variables}"
+
+    def _demand(self, condition: str) -> None:
+        self._lines.append(f"if not ({condition}): return False")
+
+    # what is found
+
+    def _function(self, function: FunctionType) -> None:
+        """What a function reads beside its arguments: globals, its closure, objects among its defaults."""
+        held = function.__globals__
+        if not is_foreign(function.__module__):
+            at = self._constant(held)
+            for name in sorted(mentioned(function.__code__).names & held.keys()):
+                if (id(held), name) not in self._globals:
+                    self._globals.add((id(held), name))
+                    self._visit(held[name], f"{at}[{name!r}]", 1)
+        own = self._constant(function)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # a name that has no value yet
+                continue
+            if name != "__class__":
+                self._visit(content, f"{self._constant(cell)}.cell_contents", 1)
+        for i, value in enumerate(function.__defaults__ or ()):
+            if not isinstance(value, (*_SINGLE, *_PLAIN)):
+                self._visit(value, f"{own}.__defaults__[{i}]", 1)
+        for name in sorted(self.names & vars(function).keys()):
+            self._visit(vars(function)[name], f"{own}.__dict__[{name!r}]", 1)
+
+    def _visit(self, value: Any, at: str, depth: int) -> None:
+        kind = type(value)
+        if isinstance(value, _SINGLE):
+            self._demand(f"{at} is {self._constant(value)}")
+        elif kind in _PLAIN or kind.__module__ == "numpy" and not hasattr(value, "__dict__"):
+            self._plain(value, at)
+        elif isinstance(value, Tensor):
+            self._tensor(value, at)
+        elif isinstance(value, _SKIPPED) or depth > _DEEP:
+            pass
+        elif id(value) in self._seen:
+            self._demand(f"{at} is {self._seen[id(value)]}")
+        elif isinstance(value, nn.Module):
+            self._module(value, at, depth)
+        elif isinstance(value, type | ModuleType | FunctionType | MethodType | BuiltinFunctionType) or kind is Cached:
+            self._code(value, at, depth)
+        elif isinstance(value, ContextVar):
+            content = value.get(None)
+            if isinstance(content, (*_SINGLE, *_PLAIN)):
+                self._visit(content, f"{at}.get(None)", depth + 1)
+        else:
+            self._object(value, at, depth)
+
+    def _plain(self, value: Any, at: str) -> None:
+        if type(value).__name__ == "ndarray":
+            if value.nbytes <= 4096:
+                self._demand(f"{at}.tobytes() == {value.tobytes()!r}")
+            return
+        constant = self._constant(value)
+        self._demand(f"(v := {at}) is {constant} or same(v, {constant})")
+
+    def _tensor(self, value: Tensor, at: str) -> None:
+        """That there is one: its numbers are read by the graph, what it is like may decide what the code does."""
+        self._lines.append(f"v = {at}")
+        self._demand("isinstance(v, Tensor)")
+        looks = (("shape", _SHAPES), ("dtype", _TYPES), ("device", {"device", "is_cuda", "get_device"}))
+        for name, words in looks:
+            if not self.names.isdisjoint(words):
+                self._demand(f"v.{name} == {self._constant(getattr(value, name))}")
+
+    def _code(self, value: Any, at: str, depth: int) -> None:
+        if isinstance(value, MethodType):
+            self._visit(value.__func__, f"{at}.__func__", depth + 1)
+            self._visit(value.__self__, f"{at}.__self__", depth + 1)
+            return
+        if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, ModuleType | type | None):
+            return  # a method of something that is looked at where it is held
+        constant = self._constant(value)
+        self._demand(f"{at} is {constant}")
+        self._seen[id(value)] = constant
+        for function in functions_in(value):
+            self._follow(function)
+        if isinstance(value, ModuleType):
+            self._library(value, constant, depth)
+        elif isinstance(value, type) and not is_foreign(value.__module__) and not issubclass(value, Enum):
+            self._members(value, (), depth)
+            if not issubclass(value, nn.Module):
+                for name in _CALLED:
+                    for function in functions_in((entry_of(value, name) or (None, None))[1]):
+                        self._follow(function)
+
+    def _library(self, module: ModuleType, at: str, depth: int) -> None:
+        """A module of Python's: of torch's the functions alone, of its own library whatever is mentioned."""
+        held = vars(module)
+        torchs = module.__name__.partition(".")[0] == "torch"
+        if is_foreign(module.__name__) and not torchs:
+            return
+        for name in sorted(self.names & held.keys()):
+            value = held[name]
+            if name.startswith("__") or torchs and not isinstance(value, FunctionType | ModuleType | BuiltinFunctionType):
+                continue
+            self._visit(value, f"{at}.__dict__[{name!r}]", depth + 1)
+
+    def _members(self, cls: type, hidden: Iterable[str], depth: int) -> list[str]:
+        """What a class and its bases hold of the names mentioned; returns those names."""
+        found = [name for name in hidden]
+        mentioned_here: list[str] = []
+        for owner in owners(cls):
+            torchs = is_foreign(owner.__module__)
+            if torchs and not issubclass(owner, nn.Module):
+                continue
+            held = vars(owner)
+            for name in sorted(self.names & held.keys()):
+                if name in found or name == "forward" and not depth or name.startswith("__"):
+                    continue
+                found.append(name)
+                mentioned_here.append(name)
+                at = f"{self._constant(held)}[{name!r}]"
+                functions = list(functions_in(held[name]))
+                for function in functions:
+                    self._follow(function, whole=True)
+                if functions:
+                    if not torchs:
+                        self._demand(f"{at} is {self._constant(held[name])}")
+                else:
+                    self._visit(held[name], at, depth + 1)
+        return mentioned_here
+
+    def _module(self, module: nn.Module, at: str, depth: int) -> None:
+        at = self._variable(at)
+        self._seen[id(module)] = at
+        held = vars(module)
+        d = self._variable(f"{at}.__dict__")
+        if "training" in self.names:
+            self._demand(f"{d}['training'] is {held['training']}")
+        if depth and not self.names.isdisjoint(_KINDS):
+            self._demand(f"kind_of({at}) is {self._constant(_kind_of(module))}")
+        own = {name for name in held.keys() - _INTERNAL if not name.startswith("_revwire")}
+        for name in sorted(own if self._computed else own & self.names):
+            self._visit(held[name], f"{d}[{name!r}]", depth + 1)
+        stores: dict[str, Mapping[str, Any]] = {store: held[store] for store in _STORES}
+        several = isinstance(module, _CONTAINERS)
+        for store, content in stores.items():
+            whole = several or (store == "_modules" and not self.names.isdisjoint(_ALL_BELOW)) or self._computed
+            wanted = list(content) if whole else sorted(self.names & content.keys())
+            if not wanted and not several:
+                continue
+            s = self._variable(f"{d}[{store!r}]")
+            if whole:
+                self._demand(f"[*{s}] == {list(content)!r}")
+            for name in wanted:
+                self._child(content[name], f"{s}[{name!r}]", depth)
+        hidden = [*held, *(name for content in stores.values() for name in content)]
+        of_class = self._members(type(module), hidden, depth)
+        places = [d, *(f"{d}[{store!r}]" for store in _STORES)]
+        self._lacks(of_class, places[:1])
+        self._appears((*hidden, *of_class), places, type(module))
+
+    def _child(self, value: Any, at: str, depth: int) -> None:
+        """A child, parameter or buffer: whether there is one, and what of it is mentioned."""
+        if not isinstance(value, nn.Module):
+            self._visit(value, at, depth + 1)
+            return
+        if id(value) in self._seen or depth > _DEEP:
+            self._demand(f"{at} is {self._seen.get(id(value), at)}")
+            return
+        lines, seen = len(self._lines), len(self._seen)
+        self._module(value, at, depth + 1)
+        if not any(line.startswith("if") for line in self._lines[lines:]):
+            # nothing of it is mentioned but itself
+            del self._lines[lines:]
+            while len(self._seen) > seen:
+                self._seen.popitem()
+            self._demand(f"{at} is not None")
+
+    def _appears(self, held: Iterable[str], places: list[str], cls: type) -> None:
+        """Demand that what the code may ask for, and is not there, has not come."""
+        if self._absent and (names := self._absent.difference(held, dir(cls))):
+            classes = [owner for owner in owners(cls) if not is_foreign(owner.__module__)]
+            self._lacks(names, places + [self._constant(vars(owner)) for owner in classes])
+
+    def _lacks(self, names: Iterable[str], places: list[str]) -> None:
+        """Demand that something holds none of these names."""
+        if not (names := sorted(names)):
+            return
+        if len(names) < 3:
+            self._demand(" and ".join(f"{name!r} not in {place}" for name in names for place in places))
+        else:
+            wanted = self._constant(frozenset(names))
+            self._demand(" and ".join(f"{wanted}.isdisjoint({place})" for place in places))
+
+    def _object(self, value: Any, at: str, depth: int) -> None:
+        cls = type(value)
+        at = self._variable(at)
+        self._seen[id(value)] = at
+        self._demand(f"type({at}) is {self._constant(cls)}")
+        if isinstance(value, list | tuple | dict | set | frozenset):
+            self._container(value, at, depth)
+        if cls in {list, tuple, dict, set, frozenset} or is_foreign(cls.__module__) and not hasattr(value, "__dict__"):
+            return
+        own = not is_foreign(cls.__module__)
+        if own:
+            self._called(cls)
+        held = getattr(value, "__dict__", {})
+        # a class that answers for other names than it holds is taken as a whole
+        answers = any(entry_of(cls, name) for name in ("__getattr__", "__getattribute__"))
+        if hasattr(value, "__dict__"):
+            d = self._variable(f"{at}.__dict__")
+            for name in sorted(held if answers or self._computed else self.names & held.keys()):
+                self._visit(held[name], f"{d}[{name!r}]", depth + 1)
+        slots = {name for owner in cls.__mro__ for name in _slots(owner)}
+        for name in sorted(slots & self.names):
+            if hasattr(value, name):
+                self._visit(getattr(value, name), f"{at}.{name}", depth + 1)
+        if not own:
+            if hasattr(value, "__dict__"):
+                self._appears(held, [d], cls)
+            return
+        of_class = self._members(cls, [*held, *slots], depth + 1)
+        if hasattr(value, "__dict__"):
+            self._lacks(of_class, [d])
+            self._appears((*held, *of_class), [d], cls)
+
+    def _called(self, cls: type) -> None:
+        """Follow what Python calls of an object by itself."""
+        for owner in owners(cls):
+            if not is_foreign(owner.__module__):
+                for name, member in list(vars(owner).items()):
+                    if name.startswith("__") and name not in _UNCALLED:
+                        for function in functions_in(member):
+                            self._follow(function)
+
+    def _container(self, value: Any, at: str, depth: int) -> None:
+        if isinstance(value, set | frozenset) or len(value) > _LONG:
+            items = value.values() if isinstance(value, dict) else value
+            plain = all(isinstance(item, (*_SINGLE, *_PLAIN)) for item in items)
+            copy = type(value)(value) if plain and type(value) in {list, tuple, dict, set, frozenset} else None
+            if copy is not None:
+                self._demand(f"{at} == {self._constant(copy)}")
+            else:
+                self._demand(f"len({at}) == {len(value)}")
+            return
+        if isinstance(value, dict):
+            if not all(isinstance(key, (*_SINGLE, *_PLAIN)) for key in value):
+                self._demand(f"len({at}) == {len(value)}")
+                return
+            keys = list(value)
+            self._demand(f"[*{at}] == {self._constant(keys)}")
+            for key in keys:
+                self._visit(dict.__getitem__(value, key), f"{at}[{self._constant(key)}]", depth + 1)
+            return
+        self._demand(f"len({at}) == {len(value)}")
+        for i, item in enumerate(value):
+            self._visit(item, f"{at}[{i}]", depth + 1)
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _kind_of(module: nn.Module) -> type:
+    """A module's class as its author made it."""
+    cls = type(module)
+    original: type = cls.__dict__.get("revwire_original", cls)
+    return original
