@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import opcode
 import sys
@@ -21,6 +22,7 @@ Cached = type(functools.lru_cache(len))
 # code of these is not followed: it decides by its arguments, and nobody changes it in the midst of a program
 _FOREIGN = {"torch", "functorch", "numpy", "sympy", "builtins", "revwire", *sys.stdlib_module_names}
 
+_COMPUTES = {"vars", "__dict__", "dir", "attrgetter", "__getattribute__"}
 _IDENTITY = {code for name, code in opcode.opmap.items() if name == "IS_OP" or name.endswith("_NONE")}
 # the class made here may stand in front of the model's own
 _WRITTEN_BY_TORCH = (nn.Module, object)
@@ -39,11 +41,13 @@ class Mentioned:
         names: Names of attributes and globals.
         words: Strings that could be names.
         tests_identity: Whether it asks `is` of anything.
+        computes_names: Whether it reads attributes whose names it does not mention.
     """
 
     names: frozenset[str]
     words: frozenset[str]
     tests_identity: bool
+    computes_names: bool
 
 
 _KNOWN: WeakKeyDictionary[CodeType, Mentioned] = WeakKeyDictionary()
@@ -53,6 +57,7 @@ def mentioned(code: CodeType) -> Mentioned:
     """What a function's code mentions."""
     if (known := _KNOWN.get(code)) is None:
         names, words, identity = set(code.co_names), set[str](), bool(_IDENTITY & set(code.co_code[::2]))
+        computes = not names.isdisjoint(_COMPUTES) or ("getattr" in names and _computes_getattr(code))
         waiting = list(code.co_consts)
         while waiting:
             constant = waiting.pop()
@@ -65,8 +70,32 @@ def mentioned(code: CodeType) -> Mentioned:
                 names |= inner.names
                 words |= inner.words
                 identity |= inner.tests_identity
-        known = _KNOWN[code] = Mentioned(frozenset(names), frozenset(words), identity)
+                computes |= inner.computes_names
+        known = _KNOWN[code] = Mentioned(frozenset(names), frozenset(words), identity, computes)
     return known
+
+
+def _computes_getattr(code: CodeType) -> bool:
+    """Whether some `getattr` of this code is given anything but a literal name."""
+    instructions = list(dis.get_instructions(code))
+    for start, instruction in enumerate(instructions):
+        if instruction.argval == "getattr" and instruction.opname.startswith("LOAD"):
+            given: list[dis.Instruction] = []
+            for following in instructions[start + 1 :]:
+                if following.opname.startswith(("CALL", "PRECALL")):
+                    break
+                given.append(following)
+            # the last is the name where there are two arguments, and the default where there are three
+            called = instructions[start + 1 + len(given)].arg if start + 1 + len(given) < len(instructions) else 0
+            pairs = list(zip(given, [*given[1:], None], strict=True))[: -1 if called == 3 else None]
+            if not any(
+                isinstance(one.argval, str)
+                and one.opname.startswith("LOAD_CONST")
+                and (after is None or after.opname.startswith("LOAD"))
+                for one, after in pairs
+            ):
+                return True
+    return False
 
 
 def functions_in(value: object) -> Iterator[FunctionType]:

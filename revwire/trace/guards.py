@@ -14,6 +14,7 @@ from revwire.trace.same import same
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import CodeType
 
     from revwire._torch import TreeSpec
 
@@ -58,17 +59,15 @@ class Inlined:
     Attributes:
         path: Where it is, below the frame's module.
         cls: Its class, whose forward was traced.
-        reads: What that code reads.
     """
 
     path: str
     cls: type[nn.Module]
-    reads: Reads
 
     def agrees(self, module: nn.Module) -> bool:
         """Whether the child of `module` at this path would still run the code that was traced."""
         child = module.get_submodule(self.path)
-        return type(child) is self.cls and may_inline(child) and self.reads.hold(child)
+        return type(child) is self.cls and may_inline(child)
 
 
 def may_inline(module: nn.Module) -> bool:
@@ -90,19 +89,25 @@ class Guards:
         constants: The leaves of that structure, with `TENSOR` for tensors.
         looked_at: What the code looked at of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
         reads: What the code reads beside its arguments.
-        expected: What decides what children return whose None, flag or word the code saw, by path.
+        expected: Paths of children that returned a None, a flag or a word which the code saw; what they read counts.
         attributes: Attributes that the code read of objects it was given: (leaf, names) to the value.
         inlined: Children whose code is part of the frame's graph, by path.
+        ran: Code that was seen to run, by its id, with its globals.
     """
 
     spec: TreeSpec | None = None
     constants: tuple[Any, ...] = ()
     looked_at: set[str] = field(default_factory=set)
     reads: Reads | None = None
-    expected: dict[str, Reads] = field(default_factory=dict)
+    expected: set[str] = field(default_factory=set)
     attributes: dict[tuple[int, tuple[str, ...]], Any] = field(default_factory=dict)
     inlined: dict[str, Inlined] = field(default_factory=dict)
+    ran: dict[int, tuple[CodeType, dict[str, Any]]] = field(default_factory=dict)
     _properties: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def note_reads(self, module: nn.Module) -> None:
+        """Note what the code that ran reads of `module` and around it, as it is now."""
+        self.reads = Reads(module, self.ran.values(), sorted({*self.inlined, *self.expected}))
 
     def seal(self, leaves: Sequence[Any]) -> None:
         """Note what the frame's code saw of these input leaves, when it has run."""
@@ -126,9 +131,7 @@ class Guards:
         """Whether the code that was traced reads of `module`, and around it, what it read then."""
         if self.reads is not None and not self.reads.hold(module):
             return False
-        if self.inlined and not all(child.agrees(module) for child in self.inlined.values()):
-            return False
-        return all(reads.hold(module.get_submodule(path)) for path, reads in self.expected.items())
+        return not self.inlined or all(child.agrees(module) for child in self.inlined.values())
 
 
 def _read(leaf: Any, names: tuple[str, ...]) -> Any:

@@ -41,6 +41,9 @@ class Traces(Protocol):
 
     guards: Guards
 
+    def look(self) -> None:
+        """Note whose code is running."""
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Record a call and compute its example value."""
 
@@ -65,6 +68,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if isinstance(self.value, Tensor):
             if name in _CONCRETE:
+                self.tracer.look()
                 self.tracer.guards.looked_at.add(_CONCRETE[name])
                 return getattr(self.value, name)
             if name in {"requires_grad", "grad_fn", "is_leaf", "grad", "data"}:
@@ -96,6 +100,7 @@ class ValueProxy(fx.Proxy):
         return value
 
     def _concrete(self) -> Any:
+        self.tracer.look()
         if isinstance(self.value, Tensor):
             raise TraceFailure("decides by the numbers in a tensor")
         if self.of_object:

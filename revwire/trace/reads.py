@@ -12,7 +12,7 @@ import logging
 import os
 from contextvars import ContextVar
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from revwire.trace.code import Cached, Mentioned, entry_of, functions_in, is_for
 from revwire.trace.same import same
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 _INTERNAL = {*nn.Module().__dict__, "training"}
 _STORES = ("_modules", "_parameters", "_buffers")
@@ -33,9 +33,7 @@ _SINGLE = (bool, type(None), type(...), Enum, torch.dtype, torch.layout, torch.m
 _PLAIN = (int, float, complex, str, bytes, range, slice, torch.Size, torch.device)
 _SKIPPED = (logging.Logger, logging.LoggerAdapter, torch.Generator)
 
-# code with one of these reads names that it does not mention
-_COMPUTED = {"getattr", "vars", "__dict__", "dir", "attrgetter", "__getattribute__"}
-# ... and this is how it asks for what is not there
+# how code asks for what is not there
 _ASKS = {"hasattr", "getattr", "vars", "__dict__", "dir", "get"}
 _CATCHES = {"AttributeError", "Exception", "BaseException", "suppress"}
 _KINDS = {"isinstance", "issubclass", "type", "__class__"}
@@ -57,26 +55,28 @@ _CONTEXTS: dict[str, Callable[[], Any]] = {
 
 _DEEP = 8  # attributes of attributes; nobody writes longer paths
 _LONG = 64  # containers with more are compared as wholes
+_HOPS = 2  # code that touches a tensor is seen to run; beyond it, so many calls away are followed
 _PASSES = 12  # each follows the names that the code found by the one before mentions
 # called without being mentioned
 _CALLED = {"__init__", "__new__", "__post_init__", "__call__"}
-_UNCALLED = {"__init__", "__new__", "__repr__", "__str__", "__reduce__", "__reduce_ex__", "__setattr__", "__del__"}
-_UNCALLED |= {"__getstate__", "__setstate__", "__deepcopy__", "__copy__", "__init_subclass__", "__post_init__"}
+_OPERATORS = {"__call__", "__getitem__", "__len__", "__iter__", "__next__", "__contains__", "__bool__", "__enter__"}
+_OPERATORS |= {"__exit__", "__eq__", "__lt__", "__gt__", "__neg__", "__index__", "__int__", "__float__", "__getattr__"}
+_OPERATORS |= {f"__{r}{name}__" for r in ("", "r") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 
 
 class Reads:
-    """What the code of a module's forward reads, as it was when this was made.
+    """What the code of a module's frame reads, as it was when this was made.
 
     Args:
-        module: The module; its class's `forward` is the code.
-
-    Attributes:
-        tests_identity: Whether the code asks `is` of anything.
+        module: The module.
+        ran: Code that was seen to run: each code object with the globals that it looks names up in.
+        below: Paths of children whose own forward counts too.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        walk = _Walk(module)
-        self.tests_identity = walk.tests_identity
+    def __init__(
+        self, module: nn.Module, ran: Iterable[tuple[CodeType, dict[str, Any]]] = (), below: Iterable[str] = ()
+    ) -> None:
+        walk = _Walk(module, ran, tuple(below))
         self._source = walk.source()
         self._namespace = walk.namespace
         self._check: Callable[[nn.Module], bool] | None = None
@@ -92,12 +92,23 @@ class Reads:
 class _Walk:
     """Follows what code mentions, and writes down a check of what it finds."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.names: set[str] = set()
+    def __init__(
+        self, module: nn.Module, ran: Iterable[tuple[CodeType, dict[str, Any]]], below: tuple[str, ...]
+    ) -> None:
+        # how many calls of functions away from code that ran a name is mentioned
+        self.names: dict[str, int] = {}
         self.words: set[str] = set()
-        self.tests_identity = False
+        self._computed = False
         self._functions: dict[int, FunctionType] = {}
-        self._forward(module)
+        self._ran = [(code, held) for code, held in ran if not is_foreign(held.get("__name__"))]
+        self._hops: dict[int, int] = {}
+        self._hop = 0
+        self._below = below
+        for code, _ in ran:
+            self._mention(code)
+        for each in (module, *map(module.get_submodule, below)):
+            for function in functions_in((entry_of(type(each), "forward") or (None, None))[1]):
+                self._follow(function, whole=True)
         for _ in range(_PASSES):
             known = len(self.names), len(self._functions)
             self._pass(module)
@@ -116,40 +127,55 @@ class _Walk:
         self._seen: dict[int, str] = {}
         self._globals: set[tuple[int, str]] = set()
         self._variables = 0
-        self._computed = not self.names.isdisjoint(_COMPUTED)
-        self._absent = set(self.words) if not self.names.isdisjoint(_ASKS) else set()
-        if not self.names.isdisjoint(_CATCHES):
-            self._absent |= self.names
-        self._forward(module)
-        for name in sorted(self.names & _CONTEXTS.keys()):
+        self._absent = set(self.words) if not self.names.keys().isdisjoint(_ASKS) else set()
+        if not self.names.keys().isdisjoint(_CATCHES):
+            self._absent |= self.names.keys()
+        for name in sorted(self.names.keys() & _CONTEXTS.keys()):
             self._demand(f"same({self._constant(_CONTEXTS[name])}(), {self._constant(_CONTEXTS[name]())})")
-        if not self.names.isdisjoint({"environ", "getenv"}):
-            for word in sorted(self.words & os.environ.keys() | {w for w in self.words if w.isupper()}):
+        if not self.names.keys().isdisjoint({"environ", "getenv"}):
+            for word in sorted(word for word in self.words if word.isupper()):
                 self._demand(f"{self._constant(os.environ)}.get({word!r}) == {os.environ.get(word)!r}")
-        self._module(module, "self", 0)
+        self._root(module, "self")
+        for path in self._below:
+            at = "self" + "".join(f".__dict__['_modules'][{name!r}]" for name in path.split("."))
+            self._root(module.get_submodule(path), at)
+        for code, held in self._ran:
+            self._hop = 0
+            self._code_globals(code, held)
         done = 0
         while done < len(self._functions):  # more are found on the way
             self._function(list(self._functions.values())[done])
             done += 1
 
-    def _forward(self, module: nn.Module) -> None:
-        if (entry := entry_of(type(module), "forward")) is None:
-            return
-        owner, member = entry
-        for function in functions_in(member):
-            self._follow(function, whole=True)
-        if hasattr(self, "_lines"):
+    def _root(self, module: nn.Module, at: str) -> None:
+        """A module whose own forward is among the code."""
+        if (entry := entry_of(type(module), "forward")) is not None:
+            owner, member = entry
             self._demand(f"{self._constant(vars(owner))}['forward'] is {self._constant(member)}")
+        if id(module) not in self._seen:
+            self._module(module, at, 0)
 
     def _follow(self, function: FunctionType, *, whole: bool = False) -> None:
         """Take a function for code that may run; `whole`: torch's own too, if it is a module's."""
-        if id(function) in self._functions or (not whole and is_foreign(function.__module__)):
+        if self._hop > _HOPS or id(function) in self._functions:
             return
-        self._functions[id(function)] = function
-        found: Mentioned = mentioned(function.__code__)
-        self.names |= found.names | found.words
+        if whole or not is_foreign(function.__module__):
+            self._functions[id(function)] = function
+            self._hops[id(function)] = self._hop
+            self._mention(function.__code__)
+
+    def _mention(self, code: CodeType) -> None:
+        found: Mentioned = mentioned(code)
+        for name in found.names | found.words:
+            self.names[name] = min(self._hop, self.names.get(name, self._hop))
         self.words |= found.words
-        self.tests_identity |= found.tests_identity
+        self._computed |= found.computes_names
+
+    def _named(self, held: Iterable[str]) -> Iterator[str]:
+        """Those of the names mentioned that something holds; functions found there are one call further away."""
+        for name in sorted(self.names.keys() & held):
+            self._hop = self.names[name] + 1
+            yield name
 
     # what is written
 
@@ -174,13 +200,10 @@ class _Walk:
 
     def _function(self, function: FunctionType) -> None:
         """What a function reads beside its arguments: globals, its closure, objects among its defaults."""
-        held = function.__globals__
+        self._hop = self._hops[id(function)]
         if not is_foreign(function.__module__):
-            at = self._constant(held)
-            for name in sorted(mentioned(function.__code__).names & held.keys()):
-                if (id(held), name) not in self._globals:
-                    self._globals.add((id(held), name))
-                    self._visit(held[name], f"{at}[{name!r}]", 1)
+            self._code_globals(function.__code__, function.__globals__)
+        self._hop = self._hops[id(function)] + 1
         own = self._constant(function)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -192,8 +215,16 @@ class _Walk:
         for i, value in enumerate(function.__defaults__ or ()):
             if not isinstance(value, (*_SINGLE, *_PLAIN)):
                 self._visit(value, f"{own}.__defaults__[{i}]", 1)
-        for name in sorted(self.names & vars(function).keys()):
+        for name in self._named(vars(function).keys()):
             self._visit(vars(function)[name], f"{own}.__dict__[{name!r}]", 1)
+
+    def _code_globals(self, code: CodeType, held: dict[str, Any]) -> None:
+        at, hop = self._constant(held), self._hop + 1
+        for name in sorted(mentioned(code).names & held.keys()):
+            if (id(held), name) not in self._globals:
+                self._globals.add((id(held), name))
+                self._hop = hop
+                self._visit(held[name], f"{at}[{name!r}]", 1)
 
     def _visit(self, value: Any, at: str, depth: int) -> None:
         kind = type(value)
@@ -232,7 +263,7 @@ class _Walk:
         self._demand("isinstance(v, Tensor)")
         looks = (("shape", _SHAPES), ("dtype", _TYPES), ("device", {"device", "is_cuda", "get_device"}))
         for name, words in looks:
-            if not self.names.isdisjoint(words):
+            if not self.names.keys().isdisjoint(words):
                 self._demand(f"v.{name} == {self._constant(getattr(value, name))}")
 
     def _code(self, value: Any, at: str, depth: int) -> None:
@@ -262,7 +293,7 @@ class _Walk:
         torchs = module.__name__.partition(".")[0] == "torch"
         if is_foreign(module.__name__) and not torchs:
             return
-        for name in sorted(self.names & held.keys()):
+        for name in self._named(held.keys()):
             value = held[name]
             if name.startswith("__") or torchs and not isinstance(value, FunctionType | ModuleType | BuiltinFunctionType):
                 continue
@@ -270,18 +301,20 @@ class _Walk:
 
     def _members(self, cls: type, hidden: Iterable[str], depth: int) -> list[str]:
         """What a class and its bases hold of the names mentioned; returns those names."""
-        found = [name for name in hidden]
-        mentioned_here: list[str] = []
+        found, of_class = {"forward", *hidden}, list[str]()
         for owner in owners(cls):
             torchs = is_foreign(owner.__module__)
             if torchs and not issubclass(owner, nn.Module):
                 continue
             held = vars(owner)
-            for name in sorted(self.names & held.keys()):
-                if name in found or name == "forward" and not depth or name.startswith("__"):
+            for name in self._named(held.keys()):
+                # a child's forward is its own affair; where the code calls one by name, it was seen to run
+                if name in found or name.startswith("__"):
                     continue
-                found.append(name)
-                mentioned_here.append(name)
+                found.add(name)
+                of_class.append(name)
+                if not depth:
+                    self._hop -= 1  # the methods of the module itself are as near as its forward
                 at = f"{self._constant(held)}[{name!r}]"
                 functions = list(functions_in(held[name]))
                 for function in functions:
@@ -291,7 +324,7 @@ class _Walk:
                         self._demand(f"{at} is {self._constant(held[name])}")
                 else:
                     self._visit(held[name], at, depth + 1)
-        return mentioned_here
+        return of_class
 
     def _module(self, module: nn.Module, at: str, depth: int) -> None:
         at = self._variable(at)
@@ -300,16 +333,16 @@ class _Walk:
         d = self._variable(f"{at}.__dict__")
         if "training" in self.names:
             self._demand(f"{d}['training'] is {held['training']}")
-        if depth and not self.names.isdisjoint(_KINDS):
+        if depth and not self.names.keys().isdisjoint(_KINDS):
             self._demand(f"kind_of({at}) is {self._constant(_kind_of(module))}")
         own = {name for name in held.keys() - _INTERNAL if not name.startswith("_revwire")}
-        for name in sorted(own if self._computed else own & self.names):
+        for name in sorted(own) if self._computed else self._named(own):
             self._visit(held[name], f"{d}[{name!r}]", depth + 1)
         stores: dict[str, Mapping[str, Any]] = {store: held[store] for store in _STORES}
         several = isinstance(module, _CONTAINERS)
         for store, content in stores.items():
-            whole = several or (store == "_modules" and not self.names.isdisjoint(_ALL_BELOW)) or self._computed
-            wanted = list(content) if whole else sorted(self.names & content.keys())
+            whole = several or (store == "_modules" and not self.names.keys().isdisjoint(_ALL_BELOW)) or self._computed
+            wanted = list(content) if whole else list(self._named(content.keys()))
             if not wanted and not several:
                 continue
             s = self._variable(f"{d}[{store!r}]")
@@ -373,10 +406,10 @@ class _Walk:
         answers = any(entry_of(cls, name) for name in ("__getattr__", "__getattribute__"))
         if hasattr(value, "__dict__"):
             d = self._variable(f"{at}.__dict__")
-            for name in sorted(held if answers or self._computed else self.names & held.keys()):
+            for name in sorted(held) if answers or self._computed else self._named(held.keys()):
                 self._visit(held[name], f"{d}[{name!r}]", depth + 1)
         slots = {name for owner in cls.__mro__ for name in _slots(owner)}
-        for name in sorted(slots & self.names):
+        for name in self._named(slots):
             if hasattr(value, name):
                 self._visit(getattr(value, name), f"{at}.{name}", depth + 1)
         if not own:
@@ -393,7 +426,7 @@ class _Walk:
         for owner in owners(cls):
             if not is_foreign(owner.__module__):
                 for name, member in list(vars(owner).items()):
-                    if name.startswith("__") and name not in _UNCALLED:
+                    if name in _OPERATORS:
                         for function in functions_in(member):
                             self._follow(function)
 

@@ -23,13 +23,13 @@ from revwire.trace.graph import ancestors, drop_unused, seen_through
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
 from revwire.trace.proxy import ValueProxy, answering_isinstance
-from revwire.trace.reads import Reads
 from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
-from revwire.trace.sums import joined_arguments
+from revwire.trace.sums import is_addition, joined_arguments
 from revwire.trace.tracer import FrameTracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from types import CodeType
 
 
 class Recorder:
@@ -68,6 +68,11 @@ class Recorder:
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._names = {id(m): name for name, m in root.named_modules()}
         self._inline = {id(root.get_submodule(path)) for path in inline}
+
+    @property
+    def root_code(self) -> CodeType:
+        """The code that runs a frame's forward."""
+        return Recorder.trace.__code__
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -181,8 +186,7 @@ class Recorder:
         self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run a child's code as part of the frame being traced."""
-        with self.unobserved():
-            tracer.guards.inlined[path] = Inlined(path, type(module), Reads(module))
+        tracer.guards.inlined[path] = Inlined(path, type(module))
         attributes = Attributes(module)
         output = original_forward(module)(*args, **kwargs)
         if changed := attributes.changed():
@@ -229,7 +233,6 @@ class Recorder:
         leaves, frame.guards.spec = tree_flatten((args, kwargs))
         frame.guards.constants = tuple(map(constant_for, leaves))
         frame.arguments = _argument_names(module, args, kwargs)
-        frame.guards.reads = Reads(module)
         inputs = [
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)
@@ -246,6 +249,8 @@ class Recorder:
             raise
         finally:
             self.tracing = None
+            if not self._nested or _may_be_planned(tracer.graph, module):
+                frame.guards.note_reads(module)
         if not _same_structure(given, (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
         if changed := attributes.changed():
@@ -265,6 +270,12 @@ class Recorder:
         drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
+
+
+def _may_be_planned(graph: fx.Graph, module: nn.Module) -> bool:
+    """Whether a frame may be rewritten: it adds something, or calls several children."""
+    calls = sum(node.op == "call_module" for node in graph.nodes)
+    return calls > 1 or any(map(is_addition, graph.nodes)) or isinstance(module, nn.Sequential)
 
 
 def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
 from revwire.pytree import is_object, tree_leaves, tree_map
+from revwire.trace.code import is_foreign
 from revwire.trace.frame import Frame, TraceFailure, storage
 from revwire.trace.proxy import ValueProxy, updated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from types import FrameType
+    from types import CodeType, FrameType
 
 
 class Computes(Protocol):
@@ -34,6 +35,10 @@ class Computes(Protocol):
     @property
     def order(self) -> Iterator[int]:
         """Numbers that grow with each operation that runs."""
+
+    @property
+    def root_code(self) -> CodeType:
+        """The code that runs a frame's forward."""
 
     def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`function` on example values."""
@@ -133,9 +138,20 @@ class FrameTracer(TracerBase):
         name = "self_child" if target == "self" else None
         proxy: ValueProxy = super().create_proxy(kind, target, args, kwargs, name)  # type: ignore[assignment]
         order = next(self.recorder.order)
+        self.look()
         proxy.node.meta.update(line=_user_line(self.frame.module), order=order, changes=frozenset())
         self.give_value(proxy.node, value)
         return proxy
+
+    def look(self) -> None:
+        """Note whose code is running: all that is called between the frame's forward and here."""
+        ran = self.guards.ran
+        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, whatever its name
+        while frame is not None and frame.f_code is not self.recorder.root_code:
+            code, held = frame.f_code, frame.f_globals
+            if id(code) not in ran and _is_of_model(held.get("__name__")):
+                ran[id(code)] = code, held
+            frame = frame.f_back
 
     def give_value(self, node: fx.Node, value: Any) -> None:
         """Make `value`, as it is now, the example value of `node`."""
@@ -181,6 +197,11 @@ class FrameTracer(TracerBase):
         if (path := self.paths.get(id(module))) is None:
             raise TraceFailure(f"reads {key!r} of a module outside of it")
         return self.record("get_attr", f"{path}.{key}" if path else key, (), {}, value)
+
+
+def _is_of_model(name: Any) -> bool:
+    """Whether code of a Python module is a model's, or of a module of torch's whose forward is called by name."""
+    return not is_foreign(name) or (name.startswith("torch.nn.modules.") and name != nn.Module.__module__)
 
 
 def _contexts() -> tuple[bool, ...]:
