@@ -22,6 +22,7 @@ Cached = type(functools.lru_cache(len))
 # code of these is not followed: it decides by its arguments, and nobody changes it in the midst of a program
 _FOREIGN = {"torch", "functorch", "numpy", "sympy", "builtins", "revwire", *sys.stdlib_module_names}
 
+_ASKS = {"getattr", "hasattr"}
 _COMPUTES = {"vars", "__dict__", "dir", "attrgetter", "__getattribute__"}
 _IDENTITY = {code for name, code in opcode.opmap.items() if name == "IS_OP" or name.endswith("_NONE")}
 # the class made here may stand in front of the model's own
@@ -42,12 +43,14 @@ class Mentioned:
         words: Strings that could be names.
         tests_identity: Whether it asks `is` of anything.
         computes_names: Whether it reads attributes whose names it does not mention.
+        asked: Names that it asks for with `hasattr` or `getattr`: they may not be there.
     """
 
     names: frozenset[str]
     words: frozenset[str]
     tests_identity: bool
     computes_names: bool
+    asked: frozenset[str]
 
 
 _KNOWN: WeakKeyDictionary[CodeType, Mentioned] = WeakKeyDictionary()
@@ -57,7 +60,11 @@ def mentioned(code: CodeType) -> Mentioned:
     """What a function's code mentions."""
     if (known := _KNOWN.get(code)) is None:
         names, words, identity = set(code.co_names), set[str](), bool(_IDENTITY & set(code.co_code[::2]))
-        computes = not names.isdisjoint(_COMPUTES) or ("getattr" in names and _computes_getattr(code))
+        computes, asked = not names.isdisjoint(_COMPUTES), set[str]()
+        if not names.isdisjoint(_ASKS):
+            for name in _asked(code):
+                asked |= {name} if name else set()
+                computes |= not name
         waiting = list(code.co_consts)
         while waiting:
             constant = waiting.pop()
@@ -71,31 +78,35 @@ def mentioned(code: CodeType) -> Mentioned:
                 words |= inner.words
                 identity |= inner.tests_identity
                 computes |= inner.computes_names
-        known = _KNOWN[code] = Mentioned(frozenset(names), frozenset(words), identity, computes)
+                asked |= inner.asked
+        known = _KNOWN[code] = Mentioned(
+            frozenset(names), frozenset(words), identity, computes, frozenset(asked)
+        )
     return known
 
 
-def _computes_getattr(code: CodeType) -> bool:
-    """Whether some `getattr` of this code is given anything but a literal name."""
+def _asked(code: CodeType) -> Iterator[str | None]:
+    """The literal names that `getattr` and `hasattr` of this code are given, None for each that is computed."""
     instructions = list(dis.get_instructions(code))
     for start, instruction in enumerate(instructions):
-        if instruction.argval == "getattr" and instruction.opname.startswith("LOAD"):
-            given: list[dis.Instruction] = []
-            for following in instructions[start + 1 :]:
-                if following.opname.startswith(("CALL", "PRECALL")):
-                    break
-                given.append(following)
-            # the last is the name where there are two arguments, and the default where there are three
-            called = instructions[start + 1 + len(given)].arg if start + 1 + len(given) < len(instructions) else 0
-            pairs = list(zip(given, [*given[1:], None], strict=True))[: -1 if called == 3 else None]
-            if not any(
-                isinstance(one.argval, str)
+        if instruction.argval not in _ASKS or not instruction.opname.startswith("LOAD"):
+            continue
+        rest = instructions[start + 1 :]
+        end = next((i for i, each in enumerate(rest) if each.opname.startswith(("CALL", "PRECALL"))), len(rest))
+        given = rest[:end]
+        # the last is the name where there are two arguments, and the default where there are three
+        three = end < len(rest) and rest[end].arg == 3
+        following = [*given[1:], None][: len(given) - three]
+        yield next(
+            (
+                one.argval
+                for one, after in zip(given, following, strict=False)
+                if isinstance(one.argval, str)
                 and one.opname.startswith("LOAD_CONST")
                 and (after is None or after.opname.startswith("LOAD"))
-                for one, after in pairs
-            ):
-                return True
-    return False
+            ),
+            None,
+        )
 
 
 def functions_in(value: object) -> Iterator[FunctionType]:

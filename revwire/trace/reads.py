@@ -33,8 +33,7 @@ _SINGLE = (bool, type(None), type(...), Enum, torch.dtype, torch.layout, torch.m
 _PLAIN = (int, float, complex, str, bytes, range, slice, torch.Size, torch.device)
 _SKIPPED = (logging.Logger, logging.LoggerAdapter, torch.Generator)
 
-# how code asks for what is not there
-_ASKS = {"hasattr", "getattr", "vars", "__dict__", "dir", "get"}
+# how code goes on where an attribute is not there
 _CATCHES = {"AttributeError", "Exception", "BaseException", "suppress"}
 _KINDS = {"isinstance", "issubclass", "type", "__class__"}
 _SHAPES = {"shape", "size", "ndim", "dim", "numel", "nelement", "len", "stride"}
@@ -98,6 +97,7 @@ class _Walk:
         # how many calls of functions away from code that ran a name is mentioned
         self.names: dict[str, int] = {}
         self.words: set[str] = set()
+        self._asked: set[str] = set()
         self._computed = False
         self._functions: dict[int, FunctionType] = {}
         self._ran = [(code, held) for code, held in ran if not is_foreign(held.get("__name__"))]
@@ -127,7 +127,7 @@ class _Walk:
         self._seen: dict[int, str] = {}
         self._globals: set[tuple[int, str]] = set()
         self._variables = 0
-        self._absent = set(self.words) if not self.names.keys().isdisjoint(_ASKS) else set()
+        self._absent = set(self._asked)
         if not self.names.keys().isdisjoint(_CATCHES):
             self._absent |= self.names.keys()
         for name in sorted(self.names.keys() & _CONTEXTS.keys()):
@@ -170,6 +170,7 @@ class _Walk:
             self.names[name] = min(self._hop, self.names.get(name, self._hop))
         self.words |= found.words
         self._computed |= found.computes_names
+        self._asked |= found.asked
 
     def _named(self, held: Iterable[str]) -> Iterator[str]:
         """Those of the names mentioned that something holds; functions found there are one call further away."""
@@ -305,7 +306,7 @@ class _Walk:
         for owner in owners(cls):
             torchs = is_foreign(owner.__module__)
             if torchs and not issubclass(owner, nn.Module):
-                continue
+                continue  # an object of Python's own
             held = vars(owner)
             for name in self._named(held.keys()):
                 # a child's forward is its own affair; where the code calls one by name, it was seen to run
@@ -334,7 +335,8 @@ class _Walk:
         if "training" in self.names:
             self._demand(f"{d}['training'] is {held['training']}")
         if depth and not self.names.keys().isdisjoint(_KINDS):
-            self._demand(f"kind_of({at}) is {self._constant(_kind_of(module))}")
+            kind = self._constant(_kind_of(module))
+            self._demand(f"type({at}) is {kind} or kind_of({at}) is {kind}")
         own = {name for name in held.keys() - _INTERNAL if not name.startswith("_revwire")}
         for name in sorted(own) if self._computed else self._named(own):
             self._visit(held[name], f"{d}[{name!r}]", depth + 1)
