@@ -180,7 +180,7 @@ class Recorder:
         if changes_lists:
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
         tracer.expected_random = python_random()  # what a child draws, it draws again when it runs
-        return proxy
+        return tracer.handed(proxy)
 
     def _run_inline(
         self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]

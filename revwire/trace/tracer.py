@@ -20,6 +20,7 @@ from torch.fx.proxy import TracerBase
 
 from revwire.pytree import is_object, tree_leaves, tree_map
 from revwire.trace.code import is_foreign
+from revwire.trace.expected import HANDED, child_of, expected
 from revwire.trace.frame import Frame, TraceFailure, storage
 from revwire.trace.proxy import ValueProxy, updated
 
@@ -70,9 +71,13 @@ class FrameTracer(TracerBase):
         return ValueProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        """Record a call and compute its example value."""
+        """Record a call and compute its example value; what code may test as it is comes as it is."""
         if kind not in {"call_function", "call_method"}:
             return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return self.handed(self.called(kind, target, args, kwargs))
+
+    def called(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """The proxy of a call's value."""
         args, kwargs = self.fresh((args, kwargs))
         values, keywords = self.unwrap((args, kwargs))
         function = target
@@ -87,6 +92,27 @@ class FrameTracer(TracerBase):
         proxy = self.record(kind, target, args, kwargs, value)
         self.note_changes(proxy.node, before)
         return proxy
+
+    def handed(self, proxy: Any) -> Any:
+        """What code gets for a value: itself where a child returned a None, a flag or a word, and it may be tested."""
+        if type(proxy) is not ValueProxy or not isinstance(proxy.value, HANDED):
+            return proxy
+        node = proxy.node
+        if node.meta["child"] is None and not (node.meta["of_object"] and proxy.value is None):
+            return proxy
+        self.expect(proxy)
+        return proxy.value
+
+    def expect(self, proxy: ValueProxy) -> None:
+        """Have the generated code check that a value which is no tensor is what it was when this was traced."""
+        node = proxy.node
+        if node.meta.get("expected"):
+            return
+        node.meta["expected"] = True
+        child = node.meta["child"]
+        self.record("call_function", expected, (proxy, proxy.value, child or node.name), {}, None)
+        if child is not None:
+            self.guards.expected.add(child)
 
     def fresh(self, tree: Any) -> Any:
         """A structure of arguments with each tensor known by the newest node that it is the value of.
@@ -159,6 +185,7 @@ class FrameTracer(TracerBase):
             value, Tensor
         )
         node.meta.update(value=value, version=0, of_object=came or is_object(value))
+        node.meta["child"] = None if isinstance(value, Tensor) else child_of(node)
         if isinstance(value, Tensor):
             node.meta["version"] = value._version
             self._newest[id(value)] = node
