@@ -105,9 +105,9 @@ class Guards:
     ran: dict[int, tuple[CodeType, dict[str, Any]]] = field(default_factory=dict)
     _properties: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def note_reads(self, module: nn.Module) -> None:
-        """Note what the code that ran reads of `module` and around it, as it is now."""
-        self.reads = Reads(module, self.ran.values(), sorted({*self.inlined, *self.expected}))
+    def note_reads(self, module: nn.Module, caches: dict[int, Any]) -> None:
+        """Note what the code that ran reads of `module` and around it, as it is now; but not what it keeps in caches."""
+        self.reads = Reads(module, self.ran.values(), sorted({*self.inlined, *self.expected}), caches)
 
     def seal(self, leaves: Sequence[Any]) -> None:
         """Note what the frame's code saw of these input leaves, when it has run."""

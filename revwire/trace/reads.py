@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revwire.trace.code import Cached, Mentioned, entry_of, functions_in, is_foreign, mentioned, owners
+from revwire.trace.code import Bypass, Cached, Mentioned, entry_of, functions_in, is_foreign, mentioned, owners
 from revwire.trace.same import same
 
 if TYPE_CHECKING:
@@ -70,12 +70,17 @@ class Reads:
         module: The module.
         ran: Code that was seen to run: each code object with the globals that it looks names up in.
         below: Paths of children whose own forward counts too.
+        caches: What tables and objects held, by the id of the table, that the code fills.
     """
 
     def __init__(
-        self, module: nn.Module, ran: Iterable[tuple[CodeType, dict[str, Any]]] = (), below: Iterable[str] = ()
+        self,
+        module: nn.Module,
+        ran: Iterable[tuple[CodeType, dict[str, Any]]] = (),
+        below: Iterable[str] = (),
+        caches: Mapping[int, Any] | None = None,
     ) -> None:
-        walk = _Walk(module, ran, tuple(below))
+        walk = _Walk(module, tuple(ran), tuple(below), caches or {})
         self._source = walk.source()
         self._namespace = walk.namespace
         self._check: Callable[[nn.Module], bool] | None = None
@@ -92,7 +97,11 @@ class _Walk:
     """Follows what code mentions, and writes down a check of what it finds."""
 
     def __init__(
-        self, module: nn.Module, ran: Iterable[tuple[CodeType, dict[str, Any]]], below: tuple[str, ...]
+        self,
+        module: nn.Module,
+        ran: Iterable[tuple[CodeType, dict[str, Any]]],
+        below: tuple[str, ...],
+        caches: Mapping[int, Any],
     ) -> None:
         # how many calls of functions away from code that ran a name is mentioned
         self.names: dict[str, int] = {}
@@ -104,6 +113,7 @@ class _Walk:
         self._hops: dict[int, int] = {}
         self._hop = 0
         self._below = below
+        self._caches = caches
         for code, _ in ran:
             self._mention(code)
         for each in (module, *map(module.get_submodule, below)):
@@ -197,6 +207,14 @@ class _Walk:
     def _demand(self, condition: str) -> None:
         self._lines.append(f"if not ({condition}): return False")
 
+    def _demand_member(self, member: Any, at: str) -> None:
+        if type(member) is Bypass:
+            member = member.cached
+        if isinstance(member, staticmethod | classmethod) and type(member.__func__) is Bypass:
+            self._demand(f"{at}.__func__ is {self._constant(member.__func__.cached)}")
+        else:
+            self._demand(f"{at} is {self._constant(member)}")
+
     # what is found
 
     def _function(self, function: FunctionType) -> None:
@@ -228,6 +246,7 @@ class _Walk:
                 self._visit(held[name], f"{at}[{name!r}]", 1)
 
     def _visit(self, value: Any, at: str, depth: int) -> None:
+        value = value.cached if type(value) is Bypass else value  # it is in its place for as long as this is traced
         kind = type(value)
         if isinstance(value, _SINGLE):
             self._demand(f"{at} is {self._constant(value)}")
@@ -322,7 +341,7 @@ class _Walk:
                     self._follow(function, whole=True)
                 if functions:
                     if not torchs:
-                        self._demand(f"{at} is {self._constant(held[name])}")
+                        self._demand_member(held[name], at)
                 else:
                     self._visit(held[name], at, depth + 1)
         return of_class
@@ -396,6 +415,8 @@ class _Walk:
         at = self._variable(at)
         self._seen[id(value)] = at
         self._demand(f"type({at}) is {self._constant(cls)}")
+        if id(value) in self._caches:
+            return
         if isinstance(value, list | tuple | dict | set | frozenset):
             self._container(value, at, depth)
         if cls in {list, tuple, dict, set, frozenset} or is_foreign(cls.__module__) and not hasattr(value, "__dict__"):
@@ -404,6 +425,7 @@ class _Walk:
         if own:
             self._called(cls)
         held = getattr(value, "__dict__", {})
+        held = self._caches.get(id(held), held)
         # a class that answers for other names than it holds is taken as a whole
         answers = any(entry_of(cls, name) for name in ("__getattr__", "__getattribute__"))
         if hasattr(value, "__dict__"):

@@ -23,7 +23,8 @@ from revwire.trace.graph import ancestors, drop_unused, seen_through
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
 from revwire.trace.proxy import ValueProxy, answering_isinstance
-from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
+from revwire.trace.outside import Outside
+from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept
 from revwire.trace.sums import is_addition, joined_arguments
 from revwire.trace.tracer import FrameTracer
 
@@ -65,6 +66,7 @@ class Recorder:
         self._calling: Frame | None = None
         self._alive: list[Any] = []
         self._grad = grad
+        self._of_children: set[str] = set()
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._names = {id(m): name for name, m in root.named_modules()}
         self._inline = {id(root.get_submodule(path)) for path in inline}
@@ -84,7 +86,8 @@ class Recorder:
             stack.enter_context(random_kept(drawn=self.fake is None))
             stack.enter_context(quiet_fake_tensors())
             stack.enter_context(attributes_kept(self.root))
-            stack.enter_context(uncached(self.root))
+            self._outside = Outside(self.root)
+            stack.enter_context(self._outside.untouched())
             stack.enter_context(torch.set_grad_enabled(self._grad))
             if self.fake is not None:
                 stack.enter_context(self.fake)
@@ -199,8 +202,10 @@ class Recorder:
         frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
         self.tracing, self._calling = None, frame
         try:
-            if not self._nested or _is_plain(module):
+            if _is_plain(module):
                 return original_forward(module)(*args, **kwargs)
+            if not self._nested:
+                return self._untraced(module, args, kwargs)
             mark = len(self.frames)
             self.frames.append(frame)
             given = [leaf for leaf in tree_leaves((args, kwargs)) if is_object(leaf)]
@@ -218,9 +223,17 @@ class Recorder:
                 leaf.__dict__.update(
                     was.__dict__
                 )  # what the frame changed before it failed, it changes again
-            return original_forward(module)(*args, **kwargs)
+            return self._untraced(module, args, kwargs)
         finally:
             self.tracing, self._calling = outer
+
+    def _untraced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a module as it is, and remember what it changes outside: its caller's code has not done that."""
+        before = self._outside.changed()
+        try:
+            return original_forward(module)(*args, **kwargs)
+        finally:
+            self._of_children |= self._outside.changed() - before
 
     def trace(self, frame: Frame, args: Any, kwargs: Any) -> Any:
         """Trace one frame on example values; fills `frame` and returns the frame's value.
@@ -241,6 +254,8 @@ class Recorder:
         given = tree_flatten((args, kwargs))
         attributes = Attributes(module)
         tracer.expected_random = python_random()
+        self._outside.drop_stand_ins()
+        before = self._outside.changed()
         self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
@@ -249,14 +264,19 @@ class Recorder:
             raise
         finally:
             self.tracing = None
+            outside = self._outside.changed() - before - self._of_children
+            self._of_children |= outside
+            self._outside.drop_stand_ins()
             if not self._nested or _may_be_planned(tracer.graph, module):
-                frame.guards.note_reads(module)
+                frame.guards.note_reads(module, self._outside.filled())
         if not _same_structure(given, (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
         if changed := attributes.changed():
             # what it stored are proxies, which the run that follows must not find
             attributes.put_back()
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
+        if outside:
+            raise TraceFailure(f"changes what outlives the call: {', '.join(sorted(outside))}")
         _check_random(tracer)
         frame.guards.seal(leaves)
         output = tracer.fresh(output)

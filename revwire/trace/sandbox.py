@@ -1,69 +1,18 @@
-"""Running a model to look at it must leave it as it was: attributes, caches and random states, noted and put back."""
+"""Running a model to look at it must leave it as it was: attributes and random states, noted and put back."""
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from contextlib import contextmanager, nullcontext
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
-
-_Cached = type(functools.lru_cache(len))
-
-
-@contextmanager
-def uncached(root: nn.Module) -> Iterator[None]:
-    """For the length of the block, functions of the model's source files compute what `lru_cache` would keep.
-
-    A table made while the model is looked at holds no numbers; found in the cache by the next real run, it would be
-    taken for one.
-    """
-    undo: list[Callable[[], None]] = []
-    files = {base.__module__ for module in root.modules() for base in type(module).__mro__}
-    for name in files:
-        if name.partition(".")[0] not in {"torch", "builtins"} and name in sys.modules:
-            _uncache(vars(sys.modules[name]), undo)
-    for cls in {base for module in root.modules() for base in type(module).__mro__}:
-        for key, value in list(vars(cls).items()):
-            if type(value) is _Cached:
-                undo.append(functools.partial(setattr, cls, key, value))
-                setattr(cls, key, value.__wrapped__)
-            elif isinstance(value, FunctionType):
-                _uncache_closure(value, undo)
-    try:
-        yield
-    finally:
-        for put_back in reversed(undo):
-            put_back()
-
-
-def _uncache(names: dict[str, Any], undo: list[Callable[[], None]]) -> None:
-    for key, value in list(names.items()):
-        if type(value) is _Cached:
-            undo.append(functools.partial(names.__setitem__, key, value))
-            names[key] = value.__wrapped__
-        elif isinstance(value, FunctionType):
-            _uncache_closure(value, undo)
-
-
-def _uncache_closure(function: FunctionType, undo: list[Callable[[], None]]) -> None:
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # a name that has no value yet
-            continue
-        if type(value) is _Cached:
-            undo.append(functools.partial(setattr, cell, "cell_contents", value))
-            cell.cell_contents = value.__wrapped__
-
 
 class Attributes:
     """What a module holds at one moment, also inside of its dicts and lists (a cache of attention biases)."""
