@@ -10,6 +10,7 @@ from revwire._torch import DataDependentOutputException
 from revwire.errors import RewireError
 from revwire.find.additions import find_residuals
 from revwire.find.blocks import find_blocks
+from revwire.trace.patches import one_at_a_time
 from revwire.trace.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def sources(value: Identity, origins: dict[Identity, Identity]) -> Iterator[Iden
         at = origins.get(at)
 
 
+@one_at_a_time
 def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
     """Run `model` once on fake tensors and find all residual additions.
 

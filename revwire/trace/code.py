@@ -113,7 +113,9 @@ def _asked(code: CodeType) -> Iterator[str | None]:
         if instruction.argval not in _ASKS or not instruction.opname.startswith("LOAD"):
             continue
         rest = instructions[start + 1 :]
-        end = next((i for i, each in enumerate(rest) if each.opname.startswith(("CALL", "PRECALL"))), len(rest))
+        end = next(
+            (i for i, each in enumerate(rest) if each.opname.startswith(("CALL", "PRECALL"))), len(rest)
+        )
         given = rest[:end]
         # the last is the name where there are two arguments, and the default where there are three
         three = end < len(rest) and rest[end].arg == 3

@@ -1,8 +1,8 @@
 """What children return beside tensors: handed to the code as it is, and checked where the generated code runs.
 
-Code asks `gate is None` of what a child returned, and no stand-in can answer that but the value itself. So the code gets
-None, flags and words as they are, and the graph a node that says what was seen. Numbers stay values of the graph, as
-they may be sizes, unless the code decides by them.
+Code asks `gate is None` of what a child returned, and no stand-in can answer that but the value itself. So the code
+gets None, flags and words as they are, and the graph a node that says what was seen. Numbers stay values of the graph,
+as they may be sizes, unless the code decides by them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def expected(found: Any, value: Any, child: str) -> None:
         return
     now = "a tensor" if isinstance(found, Tensor) else repr(found)
     raise ReplayError(
-        f"{child} returned {now} where it returned {value!r} when the code that called it was traced, and that code may "
-        "decide by it; what this depends on has to be on the modules or among the arguments before the call, or rewire "
-        f"with the module that calls {child} excluded"
+        f"{child} returned {now} where it returned {value!r} when the code that called it was traced, and that code "
+        "may decide by it; what this depends on has to be on the modules or among the arguments before the call, or "
+        f"rewire with the module that calls {child} excluded"
     )
 
 
@@ -50,7 +50,10 @@ def child_of(node: fx.Node) -> str | None:
     if node.op == "call_module":
         return str(node.target)
     for source in node.all_input_nodes:
-        if not isinstance(source.meta.get("value"), Tensor) and (child := source.meta.get("child")) is not None:
+        if (
+            not isinstance(source.meta.get("value"), Tensor)
+            and (child := source.meta.get("child")) is not None
+        ):
             return str(child)
     return None
 

@@ -78,9 +78,7 @@ def _reads_values(user: fx.Node, source: fx.Node) -> bool:
         return False
     if user.target in {traced_assert, expected} or user.meta.get("child") is not None:
         return True
-    return any(
-        isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value"))
-    )
+    return any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
 
 
 def rearranges(node: fx.Node) -> bool:

@@ -106,7 +106,7 @@ class Guards:
     _properties: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def note_reads(self, module: nn.Module, caches: dict[int, Any]) -> None:
-        """Note what the code that ran reads of `module` and around it, as it is now; but not what it keeps in caches."""
+        """Note what the code that ran reads of `module` and around it, as it is now, but for its caches."""
         self.reads = Reads(module, self.ran.values(), sorted({*self.inlined, *self.expected}), caches)
 
     def seal(self, leaves: Sequence[Any]) -> None:

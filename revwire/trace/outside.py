@@ -11,6 +11,7 @@ import dis
 import functools
 from collections import deque
 from contextlib import contextmanager
+from enum import Enum
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,9 @@ class Outside:
             for name, table, was in self._kept
             if not _is_as_it_was(table, was) and not _is_filled(table, was)
         }
-        names.update(n for held, n, value in self._globals if held.get(n, self) is not value and value is not None)
+        names.update(
+            n for held, n, value in self._globals if held.get(n, self) is not value and value is not None
+        )
         return frozenset(names)
 
     def _class(self, cls: type, names: set[str]) -> None:
@@ -132,19 +135,24 @@ class Outside:
         for function in functions_in(value):
             if not is_foreign(function.__module__):
                 self._functions.setdefault(id(function), function)
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
+        if id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._look_into(value, name)
+
+    def _look_into(self, value: Any, name: str) -> None:
         if _is_table(value):
             was = dict(dict.items(value)) if isinstance(value, dict) else type(value)(value)
             self._kept.append((name, value, was))
-            if len(was) <= _FEW:
-                for item in list(was.values() if isinstance(was, dict) else was):
-                    if _is_table(item):
-                        self._found(item, name, None)
-        elif isinstance(value, type) and not is_foreign(value.__module__) and not issubclass(value, nn.Module):
-            self._class(value, {n for owner in owners(value) for n in vars(owner)})
-        elif not isinstance(value, ModuleType | nn.Module) and not is_foreign(type(value).__module__):
+            inner = was.values() if isinstance(was, dict) else was
+            for item in list(inner) if len(was) <= _FEW else ():
+                if _is_table(item):
+                    self._found(item, name, None)
+        elif isinstance(value, ModuleType | nn.Module):
+            return
+        elif isinstance(value, type):
+            if not is_foreign(value.__module__) and not issubclass(value, nn.Module | Enum):
+                self._class(value, {n for owner in owners(value) for n in vars(owner)})
+        elif not is_foreign(type(value).__module__) and not isinstance(value, Enum):
             for key, held in list(getattr(value, "__dict__", {}).items()):
                 if _is_table(held) or type(held) is Cached:
                     self._found(held, key, functools.partial(vars(value).__setitem__, key))
@@ -181,7 +189,7 @@ class Outside:
 
 def _bypassed(value: Any) -> Any:
     if isinstance(value, staticmethod | classmethod):
-        return type(value)(Bypass(value.__func__))  # type: ignore[arg-type]
+        return type(value)(Bypass(value.__func__))
     return Bypass(value)
 
 
@@ -189,7 +197,9 @@ def _bypassed(value: Any) -> Any:
 def _stored(code: CodeType) -> frozenset[str]:
     """The globals that a function's code sets."""
     return frozenset(
-        str(each.argval) for each in dis.get_instructions(code) if each.opname in {"STORE_GLOBAL", "DELETE_GLOBAL"}
+        str(each.argval)
+        for each in dis.get_instructions(code)
+        if each.opname in {"STORE_GLOBAL", "DELETE_GLOBAL"}
     )
 
 
@@ -220,7 +230,7 @@ def _is_as_it_was(table: Any, was: Any) -> bool:
     if isinstance(table, dict):
         return dict.__len__(table) == len(was) and _holds(table, was)
     if isinstance(table, set):
-        return table == was
+        return bool(table == was)
     return len(table) == len(was) and all(a is b for a, b in zip(table, was, strict=True))
 
 
@@ -228,7 +238,7 @@ def _is_filled(table: Any, was: Any) -> bool:
     """Whether all that a table held is in it still, and new keys beside: a cache."""
     if isinstance(table, dict):
         return _holds(table, was)
-    return isinstance(table, set) and table >= was
+    return isinstance(table, set) and bool(table >= was)
 
 
 def _restore(table: Any, was: Any) -> None:

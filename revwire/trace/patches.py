@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 
 TRACING = threading.RLock()
 """One at a time plans, rewires or traces: what is patched meanwhile is patched in one place for all threads."""
+
+
+_Function = TypeVar("_Function", bound="Callable[..., Any]")
+
+
+def one_at_a_time(function: _Function) -> _Function:
+    """`function`, which one thread runs at a time, and no other traces meanwhile."""
+
+    @functools.wraps(function)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with TRACING:
+            return function(*args, **kwargs)
+
+    return cast("_Function", locked)
 
 
 class Records(Protocol):

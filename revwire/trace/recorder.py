@@ -21,9 +21,9 @@ from revwire.run.rearrange import is_rearrangement
 from revwire.trace.frame import Frame, Identity, TraceFailure, identity, original_forward
 from revwire.trace.graph import ancestors, drop_unused, seen_through
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
+from revwire.trace.outside import Outside
 from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
 from revwire.trace.proxy import ValueProxy, answering_isinstance
-from revwire.trace.outside import Outside
 from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept
 from revwire.trace.sums import is_addition, joined_arguments
 from revwire.trace.tracer import FrameTracer

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+
 class Attributes:
     """What a module holds at one moment, also inside of its dicts and lists (a cache of attention biases)."""
 
@@ -47,7 +48,9 @@ class Attributes:
         """Make it as it was."""
         for _, container, content in self._kept:
             if isinstance(container, list):
-                if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+                if len(container) != len(content) or any(
+                    a is not b for a, b in zip(container, content, strict=True)
+                ):
                     container[:] = content
             elif list(container) != list(content):
                 _put_back_keys(container, content)
@@ -93,7 +96,7 @@ def random_kept(*, drawn: bool) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python, state = random.getstate(), numpy.random.get_state() if numpy else None
     before = python_random()
-    devices = range(torch.cuda.device_count()) if drawn and torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if drawn and torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices) if drawn else nullcontext():
         try:
             yield
