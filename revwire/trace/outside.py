@@ -100,17 +100,23 @@ class Outside:
         """What tables held, by id, that hold something new: caches, which say nothing of what code will do."""
         return {id(table): was for _, table, was in self._kept if not _is_as_it_was(table, was)}
 
-    def changed(self) -> frozenset[str]:
-        """Names of what was changed, and not only filled: tables by another value or less, globals that had one."""
-        names = {
-            name
+    def changed(self) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """What was changed, and not only filled: tables by another value or less, globals that had one.
+
+        Returns:
+            Names, each with what tells this change from another.
+        """
+        tables = {
+            (name, tuple(map(id, table.values() if isinstance(table, dict) else table)))
             for name, table, was in self._kept
             if not _is_as_it_was(table, was) and not _is_filled(table, was)
         }
-        names.update(
-            n for held, n, value in self._globals if held.get(n, self) is not value and value is not None
-        )
-        return frozenset(names)
+        values = {
+            (name, (id(held.get(name, self)),))
+            for held, name, value in self._globals
+            if value is not None and held.get(name, self) is not value
+        }
+        return frozenset(tables | values)
 
     def _class(self, cls: type, names: set[str]) -> None:
         """Follow those of a class's methods, and those that they mention; its tables too."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import CodeType, FunctionType
 
 _INTERNAL = {*nn.Module().__dict__, "training"}
+_OURS = {"_revwire_program", "_revwire_plan", "_revwire_planned"}  # put there by rewiring, after this is written
 _STORES = ("_modules", "_parameters", "_buffers")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -172,6 +173,8 @@ class _Walk(Values):
         own = {name for name in held.keys() - _INTERNAL if not name.startswith("_revwire")}
         for name in sorted(own) if self.computed else self.named(own):
             self.visit(held[name], f"{d}[{name!r}]", depth + 1)
+        if self.computed:
+            self.demand(f"{self.constant(own | _INTERNAL | _OURS)}.issuperset({d})")
         stores: dict[str, Mapping[str, Any]] = {store: held[store] for store in _STORES}
         several = isinstance(module, _CONTAINERS)
         for store, content in stores.items():

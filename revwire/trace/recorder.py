@@ -66,7 +66,7 @@ class Recorder:
         self._calling: Frame | None = None
         self._alive: list[Any] = []
         self._grad = grad
-        self._of_children: set[str] = set()
+        self._of_children: set[tuple[str, tuple[int, ...]]] = set()
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._names = {id(m): name for name, m in root.named_modules()}
         self._inline = {id(root.get_submodule(path)) for path in inline}
@@ -276,7 +276,7 @@ class Recorder:
             attributes.put_back()
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
         if outside:
-            raise TraceFailure(f"changes what outlives the call: {', '.join(sorted(outside))}")
+            raise TraceFailure(f"changes what outlives the call: {', '.join(sorted({n for n, _ in outside}))}")
         _check_random(tracer)
         frame.guards.seal(leaves)
         output = tracer.fresh(output)

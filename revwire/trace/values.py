@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextvars import ContextVar
 from enum import Enum
@@ -213,6 +214,11 @@ class Values(Names):
             self._container(value, at, depth)
         if cls not in _BUILT_IN:
             self._attributes(value, at, depth)
+        if isinstance(value, functools.partial):
+            for function in functions_in(value):
+                self.follow(function)
+            for part in ("func", "args", "keywords"):
+                self.visit(getattr(value, part), f"{at}.{part}", depth + 1)
 
     def _attributes(self, value: Any, at: str, depth: int) -> None:
         """What is mentioned of an object's own attributes, and of its class's."""
@@ -224,6 +230,8 @@ class Values(Names):
             answers = any(entry_of(cls, name) for name in ("__getattr__", "__getattribute__"))
             for name in sorted(held) if answers or self.computed else self.named(held.keys()):
                 self.visit(held[name], f"{d}[{name!r}]", depth + 1)
+            if self.computed:
+                self.demand(f"{self.constant(frozenset(held))}.issuperset({d})")
         slots = {name for owner in cls.__mro__ for name in _slots(owner)}
         for name in self.named(slots):
             if hasattr(value, name):
