@@ -113,7 +113,9 @@ def _asked(code: CodeType) -> Iterator[str | None]:
         if instruction.argval not in _ASKS or not instruction.opname.startswith("LOAD"):
             continue
         rest = instructions[start + 1 :]
-        end = next((i for i, each in enumerate(rest) if each.opname.startswith(("CALL", "PRECALL"))), len(rest))
+        end = next(
+            (i for i, each in enumerate(rest) if each.opname.startswith(("CALL", "PRECALL"))), len(rest)
+        )
         given, count = rest[:end], rest[end].arg if end < len(rest) else None
         if count != sum(dis.stack_effect(each.opcode, each.arg) for each in given):
             yield None  # the call is one in its arguments, to make up the name or the object

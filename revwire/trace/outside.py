@@ -80,21 +80,31 @@ class Outside:
             if held.get(name, self) is not value:
                 held[name] = value
 
-    def drop_stand_ins(self) -> None:
-        """Take out what holds a stand-in of another frame: to the next one it would be a tensor of an earlier call."""
+    def hide_stand_ins(self) -> list[Callable[[], None]]:
+        """Take out what holds a stand-in of another frame: to the next one it would be a tensor of an earlier call.
+
+        Returns:
+            What puts it back, for when that frame's code goes on.
+        """
+        undo: list[Callable[[], None]] = []
         for _, table, was in self._kept:
             if _is_as_it_was(table, was):
                 continue
-            if not isinstance(table, dict):
-                if _holds_stand_in(list(table)):
-                    _restore(table, was)
-                continue
-            for key, value in list(dict.items(table)):
-                if _holds_stand_in((key, value)):
-                    _restore(table, {k: v for k, v in dict.items(table) if k is not key} | _only(was, key))
+            if isinstance(table, dict):
+                hidden = {k: v for k, v in dict.items(table) if _holds_stand_in((k, v))}
+                if hidden:
+                    _restore(
+                        table, {k: v for k, v in dict.items(table) if k not in hidden} | _only(was, hidden)
+                    )
+                    undo.append(functools.partial(dict.update, table, hidden))
+            elif _holds_stand_in(list(table)):
+                undo.append(functools.partial(_restore, table, type(table)(table)))
+                _restore(table, was)
         for held, name, value in self._globals:
             if _holds_stand_in(held.get(name)):
+                undo.append(functools.partial(held.__setitem__, name, held[name]))
                 held[name] = value
+        return undo
 
     def filled(self) -> dict[int, Any]:
         """What tables held, by id, that hold something new: caches, which say nothing of what code will do."""
@@ -218,8 +228,8 @@ def _holds_stand_in(value: object) -> bool:
     return kind is ValueProxy
 
 
-def _only(was: dict[Any, Any], key: Any) -> dict[Any, Any]:
-    return {k: v for k, v in was.items() if k is key}
+def _only(was: dict[Any, Any], keys: dict[Any, Any]) -> dict[Any, Any]:
+    return {k: v for k, v in was.items() if k in keys}
 
 
 def _is_table(value: object) -> bool:

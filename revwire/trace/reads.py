@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from types import CodeType, FunctionType
 
 _INTERNAL = {*nn.Module().__dict__, "training"}
-_OURS = {"_revwire_program", "_revwire_plan", "_revwire_planned"}  # put there by rewiring, after this is written
+_OURS = {
+    "_revwire_program",
+    "_revwire_plan",
+    "_revwire_planned",
+}  # put there by rewiring, after this is written
 _STORES = ("_modules", "_parameters", "_buffers")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 

@@ -19,13 +19,13 @@ from revwire._torch import FakeTensor, FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.frame import Frame, Identity, TraceFailure, identity, original_forward
-from revwire.trace.graph import ancestors, drop_unused, seen_through
+from revwire.trace.graph import drop_unused
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.outside import Outside
 from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
 from revwire.trace.proxy import ValueProxy, answering_isinstance
 from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept
-from revwire.trace.sums import is_addition, joined_arguments
+from revwire.trace.sums import belongs_to_caller, may_be_planned
 from revwire.trace.tracer import FrameTracer
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Recorder:
         changes_lists = not _same_structure(given, (values, named))
         if self._nested and may_inline(module) and not proxy.node.meta["changes"]:
             child = self.frames[mark] if len(self.frames) > mark else None
-            if changes_lists or (child is not None and _belongs_to_caller(child, tracer.frame, proxy.node)):
+            if changes_lists or (child is not None and belongs_to_caller(child, tracer.frame, proxy.node)):
                 tracer.forget(proxy.node)
                 del self.frames[mark:]
                 self._inline.add(id(module))
@@ -254,7 +254,7 @@ class Recorder:
         given = tree_flatten((args, kwargs))
         attributes = Attributes(module)
         tracer.expected_random = python_random()
-        self._outside.drop_stand_ins()
+        hidden = self._outside.hide_stand_ins()
         before = self._outside.changed()
         self.tracing = tracer
         try:
@@ -266,9 +266,12 @@ class Recorder:
             self.tracing = None
             outside = self._outside.changed() - before - self._of_children
             self._of_children |= outside
-            self._outside.drop_stand_ins()
-            if not self._nested or _may_be_planned(tracer.graph, module):
-                frame.guards.note_reads(module, self._outside.filled())
+            caches = self._outside.filled()
+            self._outside.hide_stand_ins()
+            for put_back in hidden:
+                put_back()
+            if not self._nested or may_be_planned(tracer.graph, module):
+                frame.guards.note_reads(module, caches)
         if not _same_structure(given, (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
         if changed := attributes.changed():
@@ -276,7 +279,9 @@ class Recorder:
             attributes.put_back()
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
         if outside:
-            raise TraceFailure(f"changes what outlives the call: {', '.join(sorted({n for n, _ in outside}))}")
+            raise TraceFailure(
+                f"changes what outlives the call: {', '.join(sorted({n for n, _ in outside}))}"
+            )
         _check_random(tracer)
         frame.guards.seal(leaves)
         output = tracer.fresh(output)
@@ -290,30 +295,6 @@ class Recorder:
         drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
-
-
-def _may_be_planned(graph: fx.Graph, module: nn.Module) -> bool:
-    """Whether a frame may be rewritten: it adds something, or calls several children."""
-    calls = sum(node.op == "call_module" for node in graph.nodes)
-    return calls > 1 or any(map(is_addition, graph.nodes)) or isinstance(module, nn.Sequential)
-
-
-def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
-    """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
-    if child.graph is None or (joined := joined_arguments(child)) is None:
-        return False
-    leaves = tree_leaves((node.args, node.kwargs))
-
-    def given(placeholder: fx.Node) -> fx.Node | None:
-        leaf = leaves[int(str(placeholder.target)[len("input_") :])]
-        return seen_through(frame, leaf) if isinstance(leaf, fx.Node) else None
-
-    skip, others = given(joined[0]), [given(other) for other in joined[1]]
-    if skip is None or None in others:
-        return False
-    sources = ancestors(n for n in others if n is not None) | set(others)
-    # both may be the caller's own arguments: then it is for the frame above to say
-    return skip in sources or skip.op == "placeholder"
 
 
 def _check_random(tracer: FrameTracer) -> None:

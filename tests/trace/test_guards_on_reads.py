@@ -1,4 +1,4 @@
-"""A generated forward holds only as long as what its frame's code reads is what it was, by whatever path it reads it."""
+"""A generated forward holds only as long as what its code reads is what it was, by whatever path it reads it."""
 
 import contextvars
 import copy
@@ -218,7 +218,10 @@ READS = {
         lambda self, x: x + self.f(x) * self.f[0].out_features,
         lambda b: setattr(b.f[0], "out_features", 3),
     ),
-    "a child's mode": (lambda self, x: x + self.f(x) * (3 if self.drop.training else 1), lambda b: b.drop.train()),
+    "a child's mode": (
+        lambda self, x: x + self.f(x) * (3 if self.drop.training else 1),
+        lambda b: b.drop.train(),
+    ),
     "a child's kind": (
         lambda self, x: x + self.f(x) * (3 if isinstance(self.drop, nn.Identity) else 1),
         lambda b: setattr(b, "drop", nn.Identity()),
@@ -384,7 +387,7 @@ def test_code_that_changes_what_others_read_is_refused(kind):
         return x + self.f(x)
 
     def count():
-        global SCALE
+        global SCALE  # noqa: PLW0603 - the kind of code that this is about
         SCALE = SCALE + 1
 
     model = net(forward)
@@ -407,22 +410,18 @@ def test_any_sequence_of_changes_is_followed(changes, which):
             y = module(y)
         return x + y * (2 if self.drop.training else 1)
 
-    def change(block, kind, value):
-        if kind == "scale":
-            block.config.inner.scale = value
-        elif kind == "number":
-            block.numbers[0] = value
-        elif kind == "mode":
-            block.drop.train(not block.drop.training)
-        elif kind == "act":
-            block.act = torch.relu if block.act is torch.tanh else torch.tanh
-        elif kind == "extra":
-            block.extra.append(nn.Tanh())
-
+    apply = {
+        "scale": lambda block, value: setattr(block.config.inner, "scale", value),
+        "number": lambda block, value: block.numbers.__setitem__(0, value),
+        "mode": lambda block, _: block.drop.train(not block.drop.training),
+        "act": lambda block, _: setattr(block, "act", torch.relu if block.act is torch.tanh else torch.tanh),
+        "extra": lambda block, _: block.extra.append(nn.Tanh()),
+        "none": lambda block, _: None,
+    }
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     original = net(forward, depth=3)
     model = revwire.rewire(copy.deepcopy(original), x, coupling="bdia").eval()
     for i, kind in enumerate(changes):
         for each in (original, model):
-            change(each[which], kind, 0.5 + i)
+            apply[kind](each[which], 0.5 + i)
         torch.testing.assert_close(model(x), original(x), rtol=1e-10, atol=1e-10)
