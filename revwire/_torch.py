@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -103,14 +104,17 @@ def active_fake_mode() -> FakeTensorMode | None:
 
 @contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """For the length of the block, fake tensors do not log the traceback of an error that they also raise."""
-    logger = logging.getLogger(fake_tensor.__name__)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """For the length of the block, fake tensors do not log the traceback of an error that they raise in this thread."""
+    logger, thread = logging.getLogger(fake_tensor.__name__), threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_others)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(of_others)
 
 
 def only_shapes() -> bool:

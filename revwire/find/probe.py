@@ -11,6 +11,7 @@ from revwire.errors import RewireError
 from revwire.find.additions import find_residuals
 from revwire.find.blocks import find_blocks, is_sequence
 from revwire.find.training import Training, record_training
+from revwire.trace.patches import one_at_a_time
 from revwire.trace.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def sources(value: Identity, origins: dict[Identity, Identity]) -> Iterator[Iden
         at = origins.get(at)
 
 
+@one_at_a_time
 def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
     """Run `model` on fake tensors, in eval mode and in train mode, and find all residual additions.
 

@@ -19,8 +19,8 @@ from revwire.find.repeated import Repeated
 from revwire.libraries.drop import drops
 from revwire.pytree import tree_unflatten
 from revwire.trace.frame import Frame, Identity, TraceFailure, original_forward
-from revwire.trace.guards import same
 from revwire.trace.recorder import Recorder
+from revwire.trace.same import same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -30,7 +30,8 @@ from revwire.rewrite.wired import PROGRAM
 from revwire.run.recompute import run_again
 from revwire.run.streams import is_streams, settle
 from revwire.trace.frame import Frame, TraceFailure, original_forward
-from revwire.trace.guards import has_settings, is_input, settings_of
+from revwire.trace.guards import Guards, is_input
+from revwire.trace.patches import TRACING
 from revwire.trace.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Program:
         self.steps, self.ends, self.options, self.joined, self.begins = steps, ends, options, joined, begins
         self.inlined = frozenset(frame.guards.inlined)
         self._variants: list[Variant] = []
-        self._refused: list[tuple[TreeSpec, bool, dict[str, Any]]] = []
+        self._refused: list[tuple[TreeSpec, Guards]] = []
         for each in (frame, *trained):
             self._add(each)
 
@@ -92,50 +93,62 @@ class Program:
         """Run the module's forward, rewired."""
         leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
         inputs = list(filter(is_input, leaves))
-        for variant in self._variants:
-            if variant.guards.hold(module, leaves, spec):
-                return variant.run(module, inputs)
+        if (variant := self._variant_for(module, leaves, spec)) is not None:
+            return variant.run(module, inputs)
         if not self._has_refused(module, spec):
-            if (failure := self._trace(module, args, kwargs)) is None:
-                return self._variants[-1].run(module, inputs)
-            if self.steps and self.options.fallback == "error":
-                raise RewireError(_untraceable(module, failure))
-            self._refused.append((spec, module.training, settings_of(module)))
+            with TRACING:
+                # another thread may have traced such a call while this one waited for its turn
+                found = self._variant_for(module, leaves, spec) or self._trace(module, args, kwargs)
+            if isinstance(found, Variant):
+                return found.run(module, inputs)
+            if self._must_trace:
+                raise RewireError(_untraceable(module, found))
             warnings.warn(
-                f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {failure}",
+                f"{type(module).__name__}: this call cannot be rewired and runs the original forward: {found}",
                 stacklevel=3,
             )
         return original_forward(module)(*settle(args), **settle(kwargs))
 
-    def _has_refused(self, module: nn.Module, spec: TreeSpec) -> bool:
-        return any(
-            refused == spec and training is module.training and has_settings(module, settings)
-            for refused, training, settings in self._refused
-        )
+    def _variant_for(self, module: nn.Module, leaves: list[Any], spec: TreeSpec) -> Variant | None:
+        return next((v for v in self._variants if v.guards.hold(module, leaves, spec)), None)
 
-    def _trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Add a variant for a new way of calling; returns why there can be none."""
+    def _has_refused(self, module: nn.Module, spec: TreeSpec) -> bool:
+        return any(refused == spec and guards.reads_the_same(module) for refused, guards in self._refused)
+
+    def _trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | str:
+        """Add a variant for a new way of calling; returns it, or why there can be none."""
         for real in (False, True):
-            recorder = Recorder(module, nested=False, real=real, inline=self.inlined)
+            # code may ask whether gradients are wanted, and is traced under the mode of this call
+            grad = torch.is_grad_enabled()
+            recorder = Recorder(module, nested=False, real=real, inline=self.inlined, grad=grad)
             frame = Frame("", module)
             examples = recorder.example(_trunk_only((args, kwargs)))
             try:
                 with _unmoved(examples, real=real), recorder.recording():
                     recorder.trace(frame, *examples)
-                self._add(frame)
+                variant = self._add(frame)
             except TraceFailure as failure:
-                return f"its forward {failure}"
+                reason = f"its forward {failure}"
+                break
             except Exception as error:  # noqa: BLE001 - code that only takes real tensors
-                if real or only_shapes() or torch.compiler.is_exporting():
-                    return f"its forward cannot be traced: {type(error).__name__}: {error}"
+                reason = f"its forward cannot be traced: {type(error).__name__}: {error}"
+                if only_shapes() or torch.compiler.is_exporting():
+                    break
                 continue
             assert frame.graph is not None
             for node in frame.graph.nodes:
                 node.meta.clear()  # nodes hold each other, and their values, until the garbage collector comes
-            break
-        return None
+            return variant
+        if frame.guards.spec is not None and not self._must_trace:
+            self._refused.append((frame.guards.spec, frame.guards))
+        return reason
 
-    def _add(self, frame: Frame) -> None:
+    @property
+    def _must_trace(self) -> bool:
+        """Whether a call that cannot be traced is an error."""
+        return bool(self.steps) and self.options.fallback == "error"
+
+    def _add(self, frame: Frame) -> Variant:
         # the frame of an nn.Sequential has no additions of its own
         residuals = find_residuals(frame)[0] or find_blocks(frame)
         steps: dict[Residual, Callable[..., Any]] = {}
@@ -152,9 +165,11 @@ class Program:
                 steps[chosen] = self._runner(step, place, step_code(chosen), compiled)
         if len(steps) != len(self.steps):
             raise TraceFailure(f"has {len(steps)} residuals where {len(self.steps)} are planned")
-        del self._variants[: -_MAX_VARIANTS + 1]
         function = rewritten_forward(frame, steps, self._joined_calls(frame, steps))
-        self._variants.append(Variant(function, frame.output, frame.guards))
+        variant = Variant(function, frame.output, frame.guards)
+        # another list, as other threads may be looking through this one
+        self._variants = [*self._variants[-_MAX_VARIANTS + 1 :], variant]
+        return variant
 
     def _joined_calls(self, frame: Frame, steps: Iterable[Residual]) -> dict[Calls, Callable[..., Any]]:
         taken = {node for residual in steps for node in residual.nodes}

@@ -18,9 +18,10 @@ from torch import nn
 from revwire.errors import RewireError
 from revwire.rewrite.program import Program
 from revwire.rewrite.recomputed import Recomputed
-from revwire.rewrite.wired import PLAN, PROGRAM
+from revwire.rewrite.wired import PLAN, PLANNED, PROGRAM, check_complete, is_wired
 from revwire.run.streams import settle
 from revwire.trace.frame import TraceFailure
+from revwire.trace.patches import one_at_a_time
 
 if TYPE_CHECKING:
     from revwire.find.probe import Probe
@@ -31,8 +32,11 @@ _Maker = TypeVar("_Maker", bound=Callable[..., Any])
 _once = cast("Callable[[_Maker], _Maker]", functools.cache)  # classes are hashable, whatever their stubs say
 
 
+@one_at_a_time
 def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
     """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
+    if any(map(is_wired, model.modules())):
+        raise RewireError(f"{type(model).__name__} was rewired meanwhile, by another thread")
     wanted: dict[str, dict[int, Step]] = {run.module: {} for run in chosen.joined}
     for step in chosen.steps:
         own = wanted.setdefault(step.module, {})
@@ -66,7 +70,7 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         module = model.get_submodule(path)
         module.__dict__[PROGRAM] = program
         module.__class__ = _rewired_class(type(module))
-    model.__dict__[PLAN] = chosen
+    model.__dict__[PLAN], model.__dict__[PLANNED] = chosen, programs
     model.__class__ = _settling_class(type(model))
 
 
@@ -133,6 +137,8 @@ def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
         running: set[int] = _inside.__dict__.setdefault("models", set())
         if id(self) in running:
             return method(self, *args, **kwargs)
+        if PLANNED in self.__dict__:
+            check_complete(self)
         running.add(id(self))
         try:
             return settle(method(self, *args, **kwargs))

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from revwire._torch import traced_assert
 from revwire.pytree import tree_leaves
 from revwire.run.rearrange import is_rearrangement
+from revwire.trace.expected import expected
 from revwire.trace.health import drop_checks, finite
 
 if TYPE_CHECKING:
@@ -52,7 +53,14 @@ def between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     """Nodes that depend on the values of `skip` and that `ends` are or depend on, in graph order."""
     after = dependents(skip)
     inside = after & (ancestors(ends) | set(ends))
-    inside |= {n for n in after if n.target in _CHECKS and inside.intersection(n.all_input_nodes)}
+    for node in after:
+        if node.target in _CHECKS and inside.intersection(node.all_input_nodes):
+            inside = inside | {node}
+        elif node.target is expected:
+            # a check of what a child of the branch returned, and the way to it
+            way = ancestors([node]) & after
+            if inside.issuperset(n for n in way if n.op == "call_module"):
+                inside = inside | way | {node}
     return tuple(n for n in skip.graph.nodes if n in inside)
 
 
@@ -71,7 +79,9 @@ def _reads_values(user: fx.Node, source: fx.Node) -> bool:
     name = getattr(user.target, "__name__", str(user.target))
     if name in _LIKE or (name in _AS and user.args[0] is not source):
         return False
-    return user.target in _CHECKS or any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
+    if user.target in _CHECKS or user.target is expected or user.meta.get("child") is not None:
+        return True
+    return any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
 
 
 def rearranges(node: fx.Node) -> bool:

@@ -7,13 +7,13 @@ from collections import deque
 
 import pytest
 import torch
-from nets import assert_same
 from timm.layers import EvoNorm2dB0, EvoNorm2dB2
 from torch import nn
 from torch.nn import functional
 
 import revwire
 from revwire.errors import RewireError
+from tests.helpers.nets import assert_same
 
 CHANNELS = 8
 

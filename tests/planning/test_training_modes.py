@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from nets import assert_same, recur
 from torch import nn
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from revwire.errors import RewireError
 from revwire.measure import measure_step
 from revwire.rewrite.wired import options_of, with_options
 from revwire.run.options import Options
+from tests.helpers.nets import assert_same, recur
 
 WIDTH = 6
 
