@@ -105,7 +105,7 @@ class Guards:
     ran: dict[int, tuple[CodeType, dict[str, Any]]] = field(default_factory=dict)
     _properties: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def note_reads(self, module: nn.Module, caches: dict[int, Any]) -> None:
+    def note_reads(self, module: nn.Module, caches: dict[Any, Any]) -> None:
         """Note what the code that ran reads of `module` and around it, as it is now, but for its caches."""
         self.reads = Reads(module, self.ran.values(), sorted({*self.inlined, *self.expected}), caches)
 

@@ -106,9 +106,14 @@ class Outside:
                 held[name] = value
         return undo
 
-    def filled(self) -> dict[int, Any]:
-        """What tables held, by id, that hold something new: caches, which say nothing of what code will do."""
-        return {id(table): was for _, table, was in self._kept if not _is_as_it_was(table, was)}
+    def filled(self) -> dict[Any, Any]:
+        """What tables held that hold something new, by id, and globals that were None, by the id of theirs and name.
+
+        They are caches, which say nothing of what code will do.
+        """
+        tables = {id(table): was for _, table, was in self._kept if not _is_as_it_was(table, was)}
+        values = {(id(held), name): v for held, name, v in self._globals if held.get(name, self) is not v}
+        return {**tables, **values}
 
     def changed(self) -> frozenset[tuple[str, tuple[int, ...]]]:
         """What was changed, and not only filled: tables by another value or less, globals that had one.

@@ -58,7 +58,7 @@ class Reads:
         module: The module.
         ran: Code that was seen to run: each code object with the globals that it looks names up in.
         below: Paths of children whose own forward counts too.
-        caches: What tables and objects held, by the id of the table, that the code fills.
+        caches: What tables, objects and globals held that the code fills (`Outside.filled`).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Reads:
         module: nn.Module,
         ran: Iterable[tuple[CodeType, dict[str, Any]]] = (),
         below: Iterable[str] = (),
-        caches: Mapping[int, Any] | None = None,
+        caches: Mapping[Any, Any] | None = None,
     ) -> None:
         walk = _Walk(module, tuple(ran), tuple(below), caches or {})
         self._source = walk.source()
@@ -89,7 +89,7 @@ class _Walk(Values):
         module: nn.Module,
         ran: Iterable[tuple[CodeType, dict[str, Any]]],
         below: tuple[str, ...],
-        caches: Mapping[int, Any],
+        caches: Mapping[Any, Any],
     ) -> None:
         super().__init__(caches)
         self._ran = [(code, held) for code, held in ran if not is_foreign(held.get("__name__"))]
@@ -159,7 +159,7 @@ class _Walk(Values):
     def code_globals(self, code: CodeType, held: dict[str, Any]) -> None:
         at, hop = self.constant(held), self.hop + 1
         for name in sorted(mentioned(code).names & held.keys()):
-            if (id(held), name) not in self._globals:
+            if (id(held), name) not in self._globals and (id(held), name) not in self.caches:
                 self._globals.add((id(held), name))
                 self.hop = hop
                 self.visit(held[name], f"{at}[{name!r}]", 1)

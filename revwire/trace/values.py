@@ -65,10 +65,10 @@ class Values(Names):
 
     Attributes:
         absent: Names that the code goes on without where they are not there.
-        caches: What tables and objects held, by the id of the table, that the code fills.
+        caches: What tables, objects and globals held that the code fills (`Outside.filled`).
     """
 
-    def __init__(self, caches: Mapping[int, Any]) -> None:
+    def __init__(self, caches: Mapping[Any, Any]) -> None:
         super().__init__()
         self.absent: set[str] = set()
         self.caches = caches
@@ -151,7 +151,7 @@ class Values(Names):
         for name in self.named(held.keys()):
             value = held[name]
             wanted = not torchs or isinstance(value, FunctionType | ModuleType | BuiltinFunctionType)
-            if name.startswith("__") or not wanted:
+            if name.startswith("__") or not wanted or (id(held), name) in self.caches:
                 continue
             self.visit(value, f"{at}.__dict__[{name!r}]", depth + 1)
 
