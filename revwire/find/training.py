@@ -79,10 +79,8 @@ class Training:
     def variants(self, path: str) -> Iterator[Frame]:
         """The frames of a module whose code can see that it trains."""
         for frame in (*self.frames.get(path, ()), *self.alone.get(path, ())):
-            inlined = frame.guards.inlined.values()
-            if frame.graph is not None and any(
-                seen is not None for seen in (frame.guards.training, *(child.training for child in inlined))
-            ):
+            reads = frame.guards.reads
+            if frame.graph is not None and reads is not None and reads.sees_training:
                 yield frame
 
     def _calls(self, residual: Residual) -> Iterator[Residual]:

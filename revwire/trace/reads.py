@@ -59,6 +59,9 @@ class Reads:
         ran: Code that was seen to run: each code object with the globals that it looks names up in.
         below: Paths of children whose own forward counts too.
         caches: What tables, objects and globals held that the code fills (`Outside.filled`).
+
+    Attributes:
+        sees_training: Whether the code asks for the mode of a module.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Reads:
     ) -> None:
         walk = _Walk(module, tuple(ran), tuple(below), caches or {})
         self._source = walk.source()
+        self.sees_training = "training" in walk.names
         self._namespace = walk.namespace
         self._check: Callable[[nn.Module], bool] | None = None
 
