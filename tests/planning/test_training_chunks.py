@@ -7,7 +7,7 @@ from collections import deque
 
 import pytest
 import torch
-from timm.layers import EvoNorm2dB0, EvoNorm2dB2
+from timm.layers import DropPath, EvoNorm2dB0, EvoNorm2dB2
 from torch import nn
 from torch.nn import functional
 
@@ -158,7 +158,9 @@ class FunctionalDropout(nn.Module):
         return functional.dropout(x.tanh(), 0.4, self.training)
 
 
-@pytest.mark.parametrize("make", [nn.Tanh, Cached, lambda: nn.Dropout(0.5), FunctionalDropout])
+@pytest.mark.parametrize(
+    "make", [nn.Tanh, Cached, lambda: nn.Dropout(0.5), FunctionalDropout, lambda: DropPath(0.5)]
+)
 def test_what_keeps_tables_and_drops_is_cut(make):
     plan = revwire.plan(net(make), inputs(), chunks=2)
     assert [step.slices for step in plan.steps] == [2, 2, 2]
@@ -192,7 +194,7 @@ def test_slices_are_proven_whatever_the_default_dtype(default):
             self.lin = nn.Linear(CHANNELS, CHANNELS)
 
         def forward(self, x):
-            return x + self.lin(x) * torch.linspace(0, 1, CHANNELS)
+            return x + self.lin(x) @ torch.eye(CHANNELS)  # of the dtype that is the default
 
     torch.set_default_dtype(default)
     try:

@@ -12,7 +12,7 @@ import revwire
 from revwire import ReplayError
 from tests.helpers.agreement import agrees, inputs
 
-WIDTH = 6
+WIDTH = inputs().shape[-1]
 
 
 class Child(nn.Linear):
