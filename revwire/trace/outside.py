@@ -43,6 +43,7 @@ class Outside:
         self._kept: list[tuple[str, Any, Any]] = []
         self._globals: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: set[int] = set()
+        self._alive: list[Any] = []
         for module in root.modules():
             self._class(type(module), {"forward"})
             for key, value in list(vars(module).items()):
@@ -121,17 +122,18 @@ class Outside:
         Returns:
             Names, each with what tells this change from another.
         """
-        tables = {
-            (name, tuple(map(id, table.values() if isinstance(table, dict) else table)))
+        changed = [
+            (name, list(dict.values(table)) if isinstance(table, dict) else list(table))
             for name, table, was in self._kept
             if not _is_as_it_was(table, was) and not _is_filled(table, was)
-        }
-        values = {
-            (name, (id(held.get(name, self)),))
+        ]
+        changed += [
+            (name, [held.get(name)])
             for held, name, value in self._globals
             if value is not None and held.get(name, self) is not value
-        }
-        return frozenset(tables | values)
+        ]
+        self._alive += changed  # nothing else may come to have the id of one of these
+        return frozenset((name, tuple(map(id, values))) for name, values in changed)
 
     def _class(self, cls: type, names: set[str]) -> None:
         """Follow those of a class's methods, and those that they mention; its tables too."""

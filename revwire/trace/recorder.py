@@ -262,11 +262,11 @@ class Recorder:
         self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
-        except BaseException:
-            attributes.put_back()
-            raise
         finally:
             self.tracing = None
+            if changed := attributes.changed():
+                # what it stored are stand-ins, which nothing that follows must find
+                attributes.put_back()
             outside = self._outside.changed() - before - self._of_children
             self._of_children |= outside
             caches = self._outside.filled()
@@ -277,9 +277,7 @@ class Recorder:
                 frame.guards.note_reads(module, caches)
         if not _same_structure(given, (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
-        if changed := attributes.changed():
-            # what it stored are proxies, which the run that follows must not find
-            attributes.put_back()
+        if changed:
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
         if outside:
             raise TraceFailure(
