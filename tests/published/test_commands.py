@@ -67,7 +67,7 @@ def commands():
     """(where, words, whole) of every command that is shown: whole lines of blocks, and what is named in a text."""
     for where, text in [
         *((path.name, path.read_text("utf-8")) for path in PAGES),
-        ("app.md", command_page()),
+        ("cli.md", command_page()),
     ]:
         for line in lines_of_shell(where, text):
             yield where, words_of(line), True
