@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 from torch import _assert as traced_assert
 from torch._compile import _disable_dynamo
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as AnyTrackingNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
@@ -29,6 +31,7 @@ from torch.utils._pytree import (
 from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
 
 __all__ = [
+    "GLOBAL_HOOKS",
     "NODES",
     "AnyBatchNorm",
     "AnyDropout",
@@ -42,19 +45,56 @@ __all__ = [
     "active_fake_mode",
     "at_end_of_backward",
     "backward_pass",
+    "function_modes",
     "is_traceable_wrapper_subclass",
     "keeps_graph",
+    "memory_of",
     "not_compiled",
     "only_shapes",
     "quiet_fake_tensors",
     "register_pytree_node",
     "solely_held",
+    "swapped_function_modes",
     "traced_assert",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "wraps_others",
 ]
+
+
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    _module._global_forward_hooks,
+    _module._global_forward_hooks_always_called,
+    _module._global_forward_hooks_with_kwargs,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+"""Hooks of all modules (`register_module_forward_hook`)."""
+
+
+def function_modes() -> list[object]:
+    """The torch function modes that are active in this thread, the outermost first."""
+    return list(overrides._get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def swapped_function_modes(modes: list[object]) -> Iterator[None]:
+    """For the length of the block, these modes are active and no others."""
+    now = function_modes()
+    for _ in now:
+        overrides._pop_mode()  # type: ignore[no-untyped-call]
+    for mode in modes:
+        overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for _ in modes:
+            overrides._pop_mode()  # type: ignore[no-untyped-call]
+        for mode in now:
+            overrides._push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def active_fake_mode() -> FakeTensorMode | None:
@@ -64,14 +104,17 @@ def active_fake_mode() -> FakeTensorMode | None:
 
 @contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """For the length of the block, fake tensors do not log the traceback of an error that they also raise."""
-    logger = logging.getLogger(fake_tensor.__name__)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """For the length of the block, fake tensors do not log the traceback of an error that they raise in this thread."""
+    logger, thread = logging.getLogger(fake_tensor.__name__), threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_others)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(of_others)
 
 
 def only_shapes() -> bool:
@@ -106,6 +149,11 @@ _HELD_HERE = 2
 """The references to a storage that nothing else holds: its tensor's, and that of the object which asks."""
 
 
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common, fake ones too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def solely_held(tensor: Tensor) -> bool:
     """Whether no other tensor, view, graph or array shares this tensor's memory; says no where that cannot be told."""
     if type(tensor) not in {Tensor, FakeTensor} or 0 in tensor.stride():
@@ -113,3 +161,8 @@ def solely_held(tensor: Tensor) -> bool:
     if tensor._use_count() > 1:  # type: ignore[attr-defined]
         return False
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == _HELD_HERE
+
+
+def wraps_others(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others (DTensor, quantised ones): an operation on it may do more than compute."""
+    return bool(is_traceable_wrapper_subclass(tensor))

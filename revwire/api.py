@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from revwire.planning.plan import Plan
     from revwire.run.coupling import Coupling
     from revwire.run.exact import Grid
+    from revwire.run.options import Fallback
 
 
 def plan(
@@ -73,6 +74,8 @@ def rewire(
     plan: Plan | None = None,
     compile: bool = False,  # noqa: A002 - as torch and Lightning name it
     overlap: bool = False,
+    check: bool = True,
+    fallback: Fallback = "error",
 ) -> nn.Module:
     """Turn the chains of residual blocks of `model` into reversible ones, in place.
 
@@ -109,6 +112,12 @@ def rewire(
         overlap: Experimental, and says so: on a GPU, run a step's branch again on a stream of its own while the
             gradients of the step after it are computed; it takes the insides of one more branch. The same numbers.
             Branches in slices and exact chains run one after the other all the same, and so does everything on a CPU.
+        check: Compare a few numbers of every second run with those of the first, and raise `revwire.ReplayError` where
+            they differ by more than rounding: something that the branch depends on has changed. Costs less than 1 % of
+            a step; leave it on.
+        fallback: What a call of a rewired module does that cannot be traced (another signature than was planned, whose
+            code decides by numbers): `"error"` raises a RewireError that says why; `"original"` runs the module's own
+            forward with a warning, which is another function than the rewired one, and keeps all that autograd saves.
 
     Returns:
         The same model.
@@ -133,6 +142,8 @@ def rewire(
         plan=plan,
         compile=compile,
         overlap=overlap,
+        check=check,
+        fallback=fallback,
     )
     if overlap:
         warnings.warn(EXPERIMENTAL, stacklevel=2)

@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from revwire.run.options import Fallback
+
 # Where a model keeps how it was built: a plain attribute, which deepcopy takes along and state_dict does not.
 _BUILT_AS = "_revwire_architecture"
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path, *, device: str | torch.device = "cpu", fallback: Fallback = "error") -> nn.Module:
     """Load a rewired checkpoint, as `convert` or `save` wrote it.
 
     Args:
         path: The file.
         device: Where the model goes.
+        fallback: What a call does that cannot be rewired, as for `revwire.rewire`.
 
     Returns:
         The rewired model with the file's weights, in their dtype, in train mode.
@@ -46,7 +49,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     tensors = source.tensors_for(architecture.library)
     model = build(architecture, tensors, str(path), common_dtype(tensors))
     try:
-        api.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan)
+        api.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan, fallback=fallback)
     except RewireError as error:
         raise CheckpointError(
             f"{path}: its plan does not fit {architecture} as this version of its library builds it ({error}); "

@@ -154,5 +154,5 @@ class OverlappedLink(Link):
 def _plain_parameters(run: BranchRun) -> bool:
     """Whether the parameters of a branch are tensors of torch's own class."""
     assert run.conditions is not None
-    held = (held.tensor for held in run.conditions.parameters)
-    return all(type(tensor) in {Tensor, nn.Parameter, FakeTensor} for tensor in held)
+    kinds = {Tensor, nn.Parameter, FakeTensor}
+    return all(type(tensor) in kinds for tensor in run.conditions.parameters)

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from revwire.trace.frame import Frame
 
 
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module calls its children one after the other; a subclass with a forward of its own is no sequence."""
+    return getattr(original_forward(module), "__func__", None) is nn.Sequential.forward
+
+
 def find_blocks(frame: Frame) -> list[Residual]:
     """The children of an `nn.Sequential` that keep their input's shape, with the activations and norms after each."""
     assert frame.graph is not None
-    # a subclass with a forward of its own is no mere sequence
-    if getattr(original_forward(frame.module), "__func__", None) is not nn.Sequential.forward:
+    if not is_sequence(frame.module):
         return []
     found: list[Residual] = []
     joined: set[fx.Node] = set()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from revwire.libraries.drop import drops
+from revwire.libraries.rates import DROPOUTS
 from revwire.trace.graph import dependents, seen_through
 
 if TYPE_CHECKING:
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
     from revwire.trace.frame import Frame
 
 import copy
+import inspect
 import operator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from revwire._torch import TorchDispatchMode
 from revwire.trace.frame import Frame, original_forward
 
 _PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.multiply, torch.div}
@@ -49,12 +53,15 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
         module = copy.copy(module)
         module.training = False  # dropout acts on each element alone too, but would shuffle the proof
         call = original_forward(module)
+    elif node.target in DROPOUTS:
+        call = torch.clone  # as a dropout module, tried at rest
     elif node.op == "call_function" and node.args and node.args[0] is source:
         call = _Rest(node.target, node.args[1:], node.kwargs)
     elif node.op == "call_method":
         call = _Rest(getattr(Tensor, str(node.target), None), node.args[1:], node.kwargs)
     else:
         return False
+    call = _AtRest(call)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(3, 5, *(2 for _ in source.meta["value"].shape[2:]), generator=generator)
     shuffle = torch.randperm(sample.numel(), generator=generator)
@@ -87,6 +94,46 @@ def may_draw(frame: Frame, node: fx.Node) -> bool:
     return node.op != "placeholder" and any(
         word in name for word in ("drop", "rand", "bernoulli", "multinomial")
     )
+
+
+class _DropsNothing(TorchFunctionMode):
+    """Runs functions that drop elements at random as they run in evaluation: a proof draws no numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "dropout" in getattr(func, "__name__", ""):
+            parameters = list(_signature(func))
+            if "training" in parameters or "train" in parameters:
+                name = "training" if "training" in parameters else "train"
+                args, kwargs = args[: parameters.index(name)], {**kwargs, name: False}
+        return func(*args, **kwargs)
+
+
+def _signature(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # torch's own, written in C: (input, p, train)
+        return ("input", "p", "train")
+
+
+class _DrawsNothing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to draw random numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{func} draws random numbers")
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _AtRest:
+    """An operation as it is where nothing is dropped; what draws all the same is refused."""
+
+    function: Any
+
+    def __call__(self, tensor: Tensor) -> Any:
+        with torch.no_grad(), _DropsNothing(), _DrawsNothing():  # type: ignore[no-untyped-call]
+            return self.function(tensor)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from revwire._torch import DataDependentOutputException
 from revwire.errors import RewireError
 from revwire.find.additions import find_residuals
-from revwire.find.blocks import find_blocks
+from revwire.find.blocks import find_blocks, is_sequence
+from revwire.find.training import Training, record_training
+from revwire.trace.patches import one_at_a_time
 from revwire.trace.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Probe:
         residuals: All residual additions, in running order; a module called twice has each twice.
         notes: Sums that look like residuals and are none: (module path, reason).
         origins: Which tensor each rearranged tensor came from.
+        training: The same model's run in train mode.
     """
 
     model: nn.Module
@@ -58,6 +61,7 @@ class Probe:
     residuals: tuple[Residual, ...]
     notes: tuple[tuple[str, str], ...]
     origins: dict[Identity, Identity]
+    training: Training
 
     @cached_property
     def blocks(self) -> tuple[Residual, ...]:
@@ -96,12 +100,13 @@ def sources(value: Identity, origins: dict[Identity, Identity]) -> Iterator[Iden
         at = origins.get(at)
 
 
+@one_at_a_time
 def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
-    """Run `model` once on fake tensors and find all residual additions.
+    """Run `model` on fake tensors, in eval mode and in train mode, and find all residual additions.
 
-    Runs in eval mode, so that layers dropped at random while training are seen; the model keeps its mode, parameters,
-    buffers, attributes and random state, and no memory is taken for activations. Only a model whose code decides by
-    the numbers in a tensor is run once for real.
+    They are those of eval mode, so that layers dropped at random while training are seen. The model keeps its mode,
+    parameters, buffers, attributes and random state, and no memory is taken for activations. Only a model whose code
+    decides by the numbers in a tensor is run for real.
 
     Raises:
         RewireError: the model does not run on these inputs.
@@ -110,10 +115,7 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     try:
         for module in training:
             module.training = False
-        try:
-            recorder = _recorded(model, args, kwargs, real=False)
-        except DataDependentOutputException:
-            recorder = _recorded(model, args, kwargs, real=True)
+        recorder = _evaluated(model, args, kwargs)
     except Exception as error:
         raise RewireError(
             f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}; "
@@ -131,7 +133,14 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
             notes.extend((frame.path, reason) for reason in reasons)
     residuals.sort(key=lambda r: r.total.meta["order"])
     residuals = _with_norms(residuals, recorder.origins)
-    return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins)
+    wanted: dict[str, Frame] = {}
+    for frame in (r.frame for r in residuals if not r.refused):
+        wanted.setdefault(frame.path, frame)
+    for frame in recorder.frames:
+        if frame.graph is not None and is_sequence(frame.module):
+            wanted.setdefault(frame.path, frame)
+    trained = record_training(recorder, wanted, args, kwargs) if wanted else Training()
+    return Probe(model, tuple(recorder.frames), tuple(residuals), tuple(notes), recorder.origins, trained)
 
 
 def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) -> list[Residual]:
@@ -152,6 +161,19 @@ def _with_norms(residuals: list[Residual], origins: dict[Identity, Identity]) ->
         (r.with_post(moved[kind]) or r) if (kind := (type(r.frame.module), r.index)) in moved else r
         for r in residuals
     ]
+
+
+def _evaluated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder:
+    try:
+        return _recorded(model, args, kwargs, real=False)
+    except DataDependentOutputException:
+        return _recorded(model, args, kwargs, real=True)
+    except Exception as error:  # noqa: BLE001 - code of the model's own
+        # code that only takes real tensors; where these do not do either, the first error is the one to tell
+        try:
+            return _recorded(model, args, kwargs, real=True)
+        except Exception:  # noqa: BLE001 - the model does not run
+            raise error from None
 
 
 def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, real: bool) -> Recorder:

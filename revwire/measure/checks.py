@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from revwire.measure.live_bytes import LiveBytes
+from revwire.measure.modes import both_modes
 from revwire.measure.report import Check
-from revwire.measure.specimen import cast, move_statistics, move_weights
+from revwire.measure.specimen import cast, difference, floats, move_statistics, move_weights, seed
 from revwire.measure.step import mean_square
+from revwire.measure.watching import Growth, around_steps
 from revwire.planning.choose import FLOAT32_ROUNDING, MOST_NOISE
 from revwire.pytree import tree_leaves
 from revwire.rewrite.swap import apply_plan
 from revwire.rewrite.wired import unwire, with_options
 from revwire.run.coupling import Original
 from revwire.run.exact import dropped_bits
-from revwire.run.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from revwire.measure.drift import Drifts
     from revwire.planning.plan import Plan
     from revwire.run.options import Options
+    from revwire.run.streams import Streams
     from revwire.run.tape import Link
 
 
@@ -67,6 +69,7 @@ class Step:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
     random: Tensor
+    growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ class Runs:
         apply_plan(pristine, plan, found, options)
         # of the rewired network, which is another function
         move_statistics(pristine, args, kwargs)
-        self.original.load_state_dict(pristine.state_dict())
+        moved = dict(pristine.named_buffers())
+        for name, buffer in self.original.named_buffers():
+            buffer.data.copy_(moved[name])
 
     def wired(self, **changed: Any) -> nn.Module:
         """A rewired copy of the model, with other options where there are `changed` ones."""
@@ -106,6 +111,10 @@ class Runs:
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
         return Check("state_dict, changed", len(changed), 0, ", ".join(changed[:3]))
 
+    def modes(self) -> Iterator[Check]:
+        """Invariant 9: every step runs rewired in both modes, which are one function."""
+        yield from both_modes(self.original, self.wired, self.plan, self.options, (self.args, self.kwargs))
+
     def decomposition(self, *, training: bool) -> Check:
         """Invariant 2: the rewritten code with the plain recurrence is the original network."""
         dtype = torch.float64 if self.parallel else None
@@ -114,10 +123,10 @@ class Runs:
         outputs = []
         for model in models:
             model.to(dtype).train(training)
-            torch.manual_seed(1)
+            seed(1)
             with torch.no_grad():
-                outputs.append(_floats(model(*args, **kwargs)))
-        figure = max((_difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
+                outputs.append(floats(model(*args, **kwargs)))
+        figure = max((difference(a, b) for a, b in zip(*outputs, strict=True)), default=float("nan"))
         how = (
             "relative, in float64 (parallel branches)"
             if self.parallel
@@ -163,8 +172,11 @@ class Runs:
         rounding, _ = _worst_gradient(exact.gradients, plain.gradients)
         worst, where = _worst_gradient(plain.gradients, found.gradients)
         noise, note = self._noise(FLOAT32_ROUNDING, training=training)
+        growth = exact.growth * GRADIENT_ROUNDINGS * FLOAT32_ROUNDING
+        if growth > GRADIENT_BOUND:
+            note += f"; states are reconstructed with {exact.growth:.3g} roundings of their own size"
         where += f"; plain autograd itself is {rounding:.1e} off{note}"
-        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(noise, MOST_NOISE))
+        bound = max(GRADIENT_BOUND, GRADIENT_ROUNDINGS * rounding, min(max(noise, growth), MOST_NOISE))
         return Check(
             f"gradients, {'train' if training else 'eval'}, float32",
             worst,
@@ -210,10 +222,13 @@ class Runs:
             move_weights(model, draw)
         model.to(dtype).train(training)
         args, kwargs = cast((self.args, self.kwargs), dtype)
-        torch.manual_seed(2)
-        mean_square(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+        seed(2)
+        growth = Growth()
+        with growth.watched():
+            loss = mean_square(model(*args, **kwargs))
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs))
+        return Step(gradients, dict(model.named_buffers()), _random_state(args, kwargs), growth.factor)
 
     def memory(self) -> Check:
         """Invariant 4: of what a step makes, nothing is held when the forward is over."""
@@ -224,10 +239,13 @@ class Runs:
             output = model(*self.args, **self.kwargs)
         # what the model hands out is not the step's, nor what other steps read of it (T5's position bias); and each
         # chain holds its last pair, once
-        own = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        # activations that it puts on modules are its own as well
+        kept = [vars(m)[key] for m in model.modules() for key in vars(m) if not key.startswith("_")]
+        own = [t for t in tree_leaves([output, kept]) if isinstance(t, Tensor)]
         own += [tensor for step in made for tensor in step.link.held]
         runs = [run for step in made for run in step.link.runs]
         own += [t for run in runs for t in tree_leaves(run.sides) if isinstance(t, Tensor)]
+        own += [numbers for run in runs for numbers in run.sampled]
         excused = {id(t.untyped_storage()) for t in own}
         shares: dict[str, list[float]] = {"no step but such as hand out inner values": [0.0]}
         for step in made:
@@ -250,7 +268,7 @@ class Runs:
         for model in (original, back):
             model.eval()
             with torch.no_grad():
-                outputs.append(_floats(model(*self.args, **self.kwargs)))
+                outputs.append(floats(model(*self.args, **self.kwargs)))
         differing = sum(not torch.equal(a, b) for a, b in zip(*outputs, strict=True))
         return Check("unwired, differing", sum(classes) + differing, 0)
 
@@ -259,39 +277,23 @@ class Runs:
 def _steps_watched(meter: LiveBytes) -> Iterator[list[Ran]]:
     """The steps that run in the block, each with the storages that were made while it ran."""
     made: list[Ran] = []
-    advance = Streams.advance
 
-    def watched(streams: Streams, *args: Any, **kwargs: Any) -> Streams:
+    def note(step: Callable[[], Streams], *_: Any) -> Streams:
         before = {id(ref) for ref in meter.counted()}
-        following = advance(streams, *args, **kwargs)
+        following = step()
         assert following.link is not None
         new = [ref for ref in meter.counted() if id(ref) not in before]
         made.append(Ran(following.link, following.current.nbytes, new))
         return following
 
-    Streams.advance = watched  # type: ignore[method-assign, assignment]
-    try:
+    with around_steps(note):
         yield made
-    finally:
-        Streams.advance = advance  # type: ignore[method-assign]
 
 
 def _storages(model: nn.Module) -> dict[str, int]:
-    return {key: tensor.untyped_storage().data_ptr() for key, tensor in model.state_dict().items()}
-
-
-def _floats(output: Any) -> list[Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _difference(wanted: Tensor, found: Tensor) -> float:
-    if wanted.shape != found.shape:
-        return float("inf")
-    difference = float((wanted - found).abs().max()) if wanted.numel() else 0.0
-    return (
-        difference / max(float(wanted.abs().max()), 1e-300) if wanted.dtype == torch.float64 else difference
-    )
+    # a state_dict may hold what is no tensor (get_extra_state)
+    state = model.state_dict().items()
+    return {key: each.untyped_storage().data_ptr() for key, each in state if isinstance(each, Tensor)}
 
 
 def _worst_gradient(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[float, str]:
@@ -313,10 +315,3 @@ def _random_state(*inputs: Any) -> Tensor:
     devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"}
     states = [torch.get_device_module(d).get_rng_state(d) for d in sorted(devices, key=str)]
     return torch.cat([torch.get_rng_state(), *states])
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The random state after the block is the one before it."""
-    with torch.random.fork_rng():
-        yield

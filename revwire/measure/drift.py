@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from revwire.errors import RewireError
+from revwire.measure.specimen import seed
 from revwire.measure.step import mean_square
+from revwire.measure.watching import around_steps
 from revwire.printing import Printed
 from revwire.pytree import tree_leaves
 from revwire.rewrite.wired import with_options
 from revwire.run.exact import exact_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from revwire.planning.plan import Chain, Plan
     from revwire.run.options import Options
+    from revwire.run.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Drifts(Printed):
 
 def drifts(model: nn.Module, options: Options, plan: Plan, args: Any, kwargs: Any) -> Drifts:
     """Measure the drift of every chain of a rewired model, on copies, by one training step in each precision."""
+    # slices would be told apart by nothing, and reconstruct the same
+    options = replace(options, sliced=False)
     float_streams = replace(options, exact=False)
     ways = [(float_streams, False), (float_streams, True)]
     try:
@@ -86,33 +91,46 @@ def _differences(
     model: nn.Module, chains: Iterable[Chain], args: Any, kwargs: Any, *, autocast: bool
 ) -> list[float | None]:
     """For each chain, what the first module of its first branches was given in forward and in backward."""
-    first: dict[int, list[Tensor]] = {}
-    last: dict[int, Tensor] = {}
+    first: dict[int, list[tuple[int, Tensor]]] = {}
+    last: dict[int, list[Tensor]] = {}
     backward = False
+    running = [0]
     # a module that several chains begin with is watched once; its calls are told apart by their order
     watched = [_first_module(model, chain) for chain in chains]
 
     def watch(module: nn.Module, given: Any, named: Any) -> None:
         x = next((leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor)), None)
         if x is not None and backward:
-            last[id(module)] = x.detach().clone()
+            last.setdefault(id(module), []).append(x.detach().clone())
         elif x is not None:
-            first.setdefault(id(module), []).append(x.detach().clone())
+            first.setdefault(id(module), []).append((running[0], x.detach().clone()))
 
     for module in {id(m): m for m in watched if m is not None}.values():
         module.register_forward_pre_hook(watch, with_kwargs=True)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     model.train()
-    torch.manual_seed(3)
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+
+    def counted(step: Callable[[], Streams], *_: Any) -> Streams:
+        running[0] += 1
+        return step()
+
+    seed(3)
+    with around_steps(counted), torch.autocast(device, torch.bfloat16, enabled=autocast):
         loss = mean_square(model(*args, **kwargs))
     backward = True
     loss.backward()  # type: ignore[no-untyped-call]
-    return [
-        _difference(first[id(m)][0], last[id(m)]) if m is not None and id(m) in last else None
-        for m in watched
-    ]
+    return [None if m is None else _drift_of(first.get(id(m), []), last.get(id(m), [])) for m in watched]
+
+
+def _drift_of(first: list[tuple[int, Tensor]], last: list[Tensor]) -> float | None:
+    """The first call of a module in forward against its first one in the last second run, the same step's."""
+    if not first or not last:
+        return None
+    step, given = first[0]
+    # a branch may call it several times, as often when it runs again; of a run that stops early, as often as it got
+    calls = min(sum(1 for at, _ in first if at == step), len(last))
+    return _difference(given, last[-calls])
 
 
 def _first_module(model: nn.Module, chain: Chain) -> nn.Module | None:

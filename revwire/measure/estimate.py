@@ -128,13 +128,16 @@ class _Shared:
     def _rewired(self, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
         dials, choice = split_dials(options)
         overlap = choice.pop("overlap", False)
+        choice.pop("check", None)
+        fallback = choice.pop("fallback", "error")
         choice.pop("compile", None)  # fake tensors run branches as they are
         key = repr(sorted(choice.items()))
         if key not in self._recordings:
             model_on_meta, inputs = self._step.on_meta(self._model)
             self._recordings[key] = Recording.of(model_on_meta, inputs, **choice)
         recording = self._recordings[key]
-        return recording.rewire(model, dials.turned(recording.fresh, recording.found), overlap=overlap)
+        chosen = dials.turned(recording.fresh, recording.found)
+        return recording.rewire(model, chosen, overlap=overlap, fallback=fallback)
 
 
 def _row(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from revwire.measure.budget import Budget
     from revwire.planning.plan import Plan
+    from revwire.run.options import Fallback
 
 
 def rewired(
@@ -27,6 +28,8 @@ def rewired(
     plan: Plan | None = None,
     compile: bool = False,  # noqa: A002 - as torch and Lightning name it
     overlap: bool = False,
+    check: bool = True,
+    fallback: Fallback = "error",
     **options: Any,
 ) -> tuple[nn.Module, Plan]:
     """Rewire a model in place; the arguments are those of `revwire.rewire`.
@@ -49,7 +52,8 @@ def rewired(
         chosen = dials.turned(recording.fresh, recording.found)
     else:
         chosen = fitting(plan, recording.fresh, recording.found)
-    return recording.rewire(model, chosen, compiled=compile, overlap=overlap), chosen
+    ways: dict[str, Any] = {"compiled": compile, "overlap": overlap, "fallback": fallback, "check": check}
+    return recording.rewire(model, chosen, **ways), chosen
 
 
 def split_dials(options: Mapping[str, Any]) -> tuple[Dials, dict[str, Any]]:

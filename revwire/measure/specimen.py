@@ -6,13 +6,19 @@ result could equal the right one.
 
 from __future__ import annotations
 
-from typing import Any
+import random
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from revwire._torch import AnyBatchNorm
-from revwire.pytree import tree_map
+from revwire.pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def move_statistics(model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -60,3 +66,39 @@ def move_weights(model: nn.Module, draw: int) -> None:
         if parameter.is_floating_point():
             change = torch.randn(parameter.shape, generator=generator)
             parameter.mul_(1 + 1e-3 * change.to(parameter))
+
+
+def seed(number: int) -> None:
+    """Seed all generators that a model may draw from: torch's, Python's and numpy's."""
+    torch.manual_seed(number)
+    random.seed(number)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(number)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The random states after the block are the ones before it: torch's, Python's and numpy's."""
+    numpy, python = sys.modules.get("numpy"), random.getstate()
+    state = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(state)
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returned."""
+    leaves = tree_leaves(output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def difference(wanted: Tensor, found: Tensor) -> float:
+    """The largest difference of two tensors; in float64 relative to the largest value."""
+    if wanted.shape != found.shape:
+        return float("inf")
+    largest = float((wanted - found).abs().max()) if wanted.numel() else 0.0
+    return largest / max(float(wanted.abs().max()), 1e-300) if wanted.dtype == torch.float64 else largest

@@ -7,7 +7,6 @@ scales of 1e-6) would make every comparison agree for the wrong reason, so the c
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +15,13 @@ from torch import nn
 from revwire.errors import RewireError
 from revwire.find.probe import probe
 from revwire.libraries.inputs import call_arguments
-from revwire.measure.checks import Runs, random_state_kept
+from revwire.measure.checks import Runs
 from revwire.measure.drift import drifts
+from revwire.measure.modes import STEPS
 from revwire.measure.report import Report
-from revwire.measure.specimen import cast, noisy_like
+from revwire.measure.specimen import cast, noisy_like, random_state_kept
 from revwire.planning.choose import choose_plan, nothing_to_rewire
+from revwire.planning.copies import copied
 from revwire.planning.trial import make_branches_count
 from revwire.rewrite.wired import options_of, plan_of, unwire
 from revwire.run.coupling import Coupling, coupling_of
@@ -71,7 +72,11 @@ def verify(
     with random_state_kept():
         make_branches_count(pristine)
         run = Runs(pristine, found, chosen, Options(kind, exact=streams), args, kwargs)
-        checks = [run.state_dict()]
+        say("modes")
+        checks = [run.state_dict(), *run.modes()]
+        if any(check.figure and check.name.startswith(STEPS) for check in checks):
+            # what does not run rewired would agree with the original for the wrong reason, or raise
+            return Report(type(model).__name__, tuple(checks))
         for training in (False, True):
             mode = "train" if training else "eval"
             say(f"decomposition, {mode}")
@@ -92,7 +97,7 @@ def _pristine(
     model: nn.Module, coupling: str | Coupling, exact: bool | int | Grid
 ) -> tuple[nn.Module, Plan | None, Coupling, Exact]:
     """A copy of the model as it was before rewiring, with the plan, coupling and grid it had, if any."""
-    duplicate = copy.deepcopy(model)
+    duplicate = copied(model)
     duplicate.zero_grad(set_to_none=True)
     if any(p.dtype in {torch.float16, torch.bfloat16} for p in duplicate.parameters()):
         duplicate.float()

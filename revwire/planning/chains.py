@@ -50,6 +50,7 @@ def make_plan(
     eligible: list[Residual] = []
     for residual in found.residuals:
         reason = residual.refused or _excluded(residual.frame.path, include, exclude)
+        reason = reason or found.training.refuses(residual)
         if reason:
             reasons[key_of(residual)] = reason
         else:
@@ -87,6 +88,7 @@ def _blocks(
         block
         for block in found.blocks
         if not block.refused
+        and not found.training.refuses(block)
         and not _excluded(block.frame.path, include, exclude)
         and not held.intersection(map(id, block.inside))
         and (block.entering, block.leaving) not in same
@@ -97,10 +99,11 @@ def _chains(
     found: Probe, eligible: list[Residual], reasons: dict[tuple[str, int], str]
 ) -> list[list[Residual]]:
     """The chains of at least two steps, outermost first; notes why each other residual is in none."""
+    parted: dict[tuple[str, int], str] = {}
     while True:
         holders = {n: r for r in reversed(eligible) for n in r.inside if n is not r.total or r.block}
         inner = {id(r): outer for r in eligible if (outer := _enclosing(r, holders)) is not None}
-        chains = _linked(found, [r for r in eligible if id(r) not in inner])
+        chains = _linked(found, [r for r in eligible if id(r) not in inner], parted)
         kept = [chain for chain in chains if len(chain) >= MIN_STEPS]
         lone = {id(chain[0]) for chain in chains if len(chain) < MIN_STEPS}
         giving_way = lone & {id(outer) for outer in inner.values()}
@@ -126,6 +129,9 @@ def _chains(
                 "x".join(map(str, residual.skip.meta["value"].shape)),
                 _source_of(residual, callers),
             )
+            if why := parted.get(key_of(residual)):
+                reasons[key_of(residual)] = why
+                continue
             reasons[key_of(residual)] = (
                 f"the residual at {residual.line} stands alone: its trunk ({shape}) {source}, and no residual goes on "
                 "with its sum unchanged"
@@ -168,15 +174,24 @@ def _without_sums(found: Probe) -> Skipped | None:
     )
 
 
-def _linked(found: Probe, residuals: list[Residual]) -> list[list[Residual]]:
+def _linked(
+    found: Probe, residuals: list[Residual], parted: dict[tuple[str, int], str]
+) -> list[list[Residual]]:
+    """The residuals on one trunk in both modes, in the order they run; notes where training leaves it in `parted`."""
     chains: list[list[Residual]] = []
     open_ends: dict[Identity, list[Residual]] = {}
     for residual in residuals:
         at = next((a for a in sources(residual.entering, found.origins) if a in open_ends), None)
-        if at is None:
-            chains.append(chain := [])
-        else:
-            chain = open_ends.pop(at)
+        chain = [] if at is None else open_ends.pop(at)
+        if chain and found.training.parts(chain[-1], residual):
+            where = f"between {chain[-1].line} and {residual.line}"
+            for r in (chain[-1], residual):
+                parted[key_of(r)] = (
+                    f"in training the code {where} changes the trunk, so no chain goes on there in either mode"
+                )
+            chain = []
+        if not chain:
+            chains.append(chain)
         chain.append(residual)
         open_ends[residual.leaving] = chain
     return chains

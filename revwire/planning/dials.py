@@ -92,7 +92,12 @@ def check_dials(plan: Plan, found: Probe) -> None:
         kind = (*kind_of(residual), step.slicing, step.inside)
         if (
             kind not in proven
-            and (why_not := refusal_of(residual, step.slicing, inside=step.inside)) is not None
+            and (
+                why_not := refusal_of(
+                    residual, step.slicing, found.training.trained(residual), inside=step.inside
+                )
+            )
+            is not None
         ):
             raise RewireError(f"the plan runs {step.name} in slices, and here {why_not}; plan again")
         proven.add(kind)
@@ -127,13 +132,13 @@ def _sliced(plan: Plan, chunks: Mapping[str, int], found: Probe) -> Plan:
             return step
         kind = kind_of(residual)
         if kind not in found.sliceable:
-            found.sliceable[kind] = slices_for(residual)
+            found.sliceable[kind] = slices_for(residual, found.training.trained(residual))
         proven = found.sliceable[kind]
         dim, sides = (-1, ()) if isinstance(proven, str) else proven
         inside = False
         if dim < 0 or step.trunk[dim] < slices:
             if kind not in found.attention_refusals:
-                found.attention_refusals[kind] = attention_refusal(residual)
+                found.attention_refusals[kind] = attention_refusal(residual, found.training.trained(residual))
             inside = found.attention_refusals[kind] is None
         if isinstance(proven, str) and not inside:
             unsliced.append(Skipped(step.name, proven))

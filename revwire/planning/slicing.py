@@ -22,44 +22,53 @@ if TYPE_CHECKING:
 _SHARES = "its branch hands out inner values that other code reads"
 
 
-def slices_for(residual: Residual) -> tuple[int, tuple[bool, ...]] | str:
+def slices_for(residual: Residual, trained: Residual | None = None) -> tuple[int, tuple[bool, ...]] | str:
     """Along which dimension a residual's branch may be cut, with which side inputs; or in words why it may not.
 
     Runs copies of what the branch calls on noise of the shapes that the planning run saw, but for three samples,
-    three times for each dimension tried; nothing of the model changes.
+    three times for each dimension tried, in eval mode and in train mode; nothing of the model changes.
+
+    Args:
+        residual: What to cut.
+        trained: The same residual as training runs it.
     """
     if (why_not := _refused(residual)) is not None:
         return why_not
-    trial = Trial(residual)
+    trial = Trial(residual, trained)
+    told = DIFFERS
     for dim in _dimensions(trial.shape):
         for sides in trial.ways(dim):
-            if trial.agrees(dim, sides):
-                return dim, sides
-    return DIFFERS
+            if (why_not := trial.differs(dim, sides)) is None:
+                return trial.changes(dim, sides) or (dim, sides)
+            # that it can be cut in evaluation is what a reader would wonder about
+            told = told if why_not == DIFFERS else why_not
+    return told
 
 
-def refusal_of(residual: Residual, cut: Slices | None, *, inside: bool) -> str | None:
+def refusal_of(
+    residual: Residual, cut: Slices | None, trained: Residual | None = None, *, inside: bool
+) -> str | None:
     """Why a residual's branch cannot be cut in one given way, None if it can: for plans that were made elsewhere."""
-    if inside and (why_not := attention_refusal(residual)) is not None:
+    if inside and (why_not := attention_refusal(residual, trained)) is not None:
         return why_not
     if cut is None:
         return None if inside else DIFFERS
     if (why_not := _refused(residual)) is not None:
         return why_not
-    trial = Trial(residual)
+    trial = Trial(residual, trained)
     if not 0 <= cut.dim < len(trial.shape) or len(cut.sides) != len(residual.sides):
         return "the plan cuts it along a dimension, or with side inputs, that it has not"
-    return None if trial.agrees(cut.dim, cut.sides) else DIFFERS
+    return trial.differs(cut.dim, cut.sides) or trial.changes(cut.dim, cut.sides)
 
 
-def attention_refusal(residual: Residual) -> str | None:
+def attention_refusal(residual: Residual, trained: Residual | None = None) -> str | None:
     """Why the attention in a residual's branch cannot run in slices, None if it can.
 
     Runs the branch on noise, forward and backward, with and without: what comes out, and all gradients, must agree.
     """
     if residual.shared:
         return _SHARES
-    return Trial(residual).refuses_attention()
+    return Trial(residual, trained).refuses_attention()
 
 
 def _refused(residual: Residual) -> str | None:

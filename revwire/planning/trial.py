@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 
 from revwire.errors import ReplayError
 from revwire.find.branch_code import step_code
+from revwire.libraries.rates import Undropped, stop_dropping
+from revwire.planning.copies import copied
+from revwire.planning.state import State
 from revwire.run.attention import SlicedAttention
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 
 DIFFERS = "its slices do not come out as they do in the whole: samples mix, or their number is built in"
+
+
+DIFFERS_TRAINING = f"in training {DIFFERS}"
 
 
 _NO_ATTENTION = "it writes out no softmax attention that could run in slices"
@@ -54,11 +59,17 @@ _TOLERANCE = 3e-5
 
 
 class Trial:
-    """A branch on noise."""
+    """A branch on noise, in eval mode or in train mode with nothing dropped.
 
-    def __init__(self, residual: Residual) -> None:
-        self._code = step_code(residual)
-        self._module = _with_weights(copy.deepcopy(residual.frame.module)).float().eval()
+    Args:
+        residual: What it is the branch of.
+        trained: The same residual as training runs it, where it was recorded.
+    """
+
+    def __init__(self, residual: Residual, trained: Residual | None = None) -> None:
+        self._codes = step_code(residual), step_code(trained or residual)
+        self._module = _with_weights(copied(residual.frame.module)).float().eval()
+        stop_dropping(self._module)
         # a layer scale of zero would agree with anything
         make_branches_count(self._module)
         self._device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
@@ -74,8 +85,51 @@ class Trial:
         )
         return list(dict.fromkeys((whole, along)))
 
-    def agrees(self, dim: int, cut: tuple[bool, ...]) -> bool:
-        """Whether slices along a dimension, of these side inputs too, come out as they do in the whole."""
+    def differs(self, dim: int, cut: tuple[bool, ...]) -> str | None:
+        """Why slices along a dimension, of these side inputs too, are not what the whole is; None if they are."""
+        if not self._agrees(dim, cut):
+            return DIFFERS
+        with self._training():
+            return None if self._agrees(dim, cut) else DIFFERS_TRAINING
+
+    def changes(self, dim: int, cut: tuple[bool, ...]) -> str | None:
+        """What a run of the branch leaves on modules, which each slice would leave again; None if nothing."""
+        length = max(min(self.shape[0], _SAMPLES), 2)
+        for shape in (*self._small(length), (length, *self.shape[1:])):
+            with self._training():
+                if (found := self._left_behind(shape, dim, cut)) is not None:
+                    return found or None
+        return None
+
+    def _left_behind(self, shape: tuple[int, ...], dim: int, cut: tuple[bool, ...]) -> str | None:
+        """The same for one shape of the trunk: "" for nothing; None where the branch does not run on that."""
+        x, sides = self._inputs(shape)
+        sides = [s[: len(x)] if c else s for s, c in zip(sides, cut, strict=True)]
+        try:
+            with torch.no_grad():
+                self._run(x, sides)  # tables that stay are made once
+                before = State(self._module)
+                self._run(x, sides)
+                again = State(self._module)
+                for span in ((0, 1), (1, x.shape[dim] - 1)):
+                    own = [s.narrow(0, *span) if c else s for s, c in zip(sides, cut, strict=True)]
+                    self._run(x.narrow(dim, *span), own)
+        except _REFUSALS:
+            return None
+        names = before.changed(again) or again.changed(State(self._module), caches=True)
+        if not names:
+            return ""
+        return f"each run changes what its modules hold ({', '.join(names[:3])}), and each slice would do it again"
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        self._module.train()
+        try:
+            yield
+        finally:
+            self._module.eval()
+
+    def _agrees(self, dim: int, cut: tuple[bool, ...]) -> bool:
         if dim and self.shape[dim] == 1:
             return False
         samples = min(self.shape[0], _SAMPLES)
@@ -131,7 +185,13 @@ class Trial:
         return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
 
     def refuses_attention(self) -> str | None:
-        """Why attention cannot run in slices, None if that comes out as in the whole."""
+        """Why attention cannot run in slices, None if that comes out as in the whole, in both modes."""
+        if (found := self._refuses_attention()) is not None:
+            return found
+        with self._training():
+            return f"in training {found}" if (found := self._refuses_attention()) is not None else None
+
+    def _refuses_attention(self) -> str | None:
         # one sample with one head would have no slices
         for shape in (*self._small(2), (2, *self.shape[1:]), self.shape):
             if (found := self._sliced_at(shape)) is not None:
@@ -175,15 +235,30 @@ class Trial:
 
     def _inputs(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator).to(self._device)
+        x = torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
         return x, [_noise(side, generator, self._device) for side in self._sides]
 
     def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
-        if self._code.post is None:
-            # the slices of a sum come out alike where those of what is added do, and what is added tells it better
-            out: Tensor = self._code.branch(self._module, x, *sides)[0]
-            return out
-        return self._code.block(self._module, x, *sides)[0]
+        code = self._codes[self._module.training]
+        # the same draws for all that is drawn, whatever the rates: what still comes out otherwise cannot be compared
+        with torch.random.fork_rng(), _made_in_float32(), Undropped():
+            torch.manual_seed(0)
+            if code.post is None:
+                # the slices of a sum come out alike where those of what is added do, and what is added tells it better
+                out: Tensor = code.branch(self._module, x, *sides)[0]
+                return out
+            return code.block(self._module, x, *sides)[0]
+
+
+@contextmanager
+def _made_in_float32() -> Iterator[None]:
+    """What code makes in the block without naming a dtype is float32, as the module is that is tried."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _with_weights(module: nn.Module) -> nn.Module:
@@ -204,7 +279,7 @@ def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator).to(device)
+        return torch.randn(value.shape, generator=generator, dtype=torch.float32).to(device)
     if value.dtype == torch.bool:
         return torch.ones(value.shape, dtype=torch.bool, device=device)
     return torch.zeros(value.shape, dtype=value.dtype, device=device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, get_args
 
 from revwire.errors import RewireError
 from revwire.find.probe import Probe, probe
@@ -14,12 +15,12 @@ from revwire.rewrite.swap import apply_plan
 from revwire.rewrite.wired import is_wired
 from revwire.run.coupling import Coupling, coupling_of
 from revwire.run.exact import Grid, exact_of
-from revwire.run.options import Options
+from revwire.run.options import Fallback, Options
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from revwire.planning.plan import Plan
+    from revwire.planning.plan import Chain, Plan
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,14 @@ class Recording:
         return cls(found, fresh, Options(kind, exact=streams))
 
     def rewire(
-        self, model: nn.Module, chosen: Plan, *, compiled: bool = False, overlap: bool = False
+        self,
+        model: nn.Module,
+        chosen: Plan,
+        *,
+        compiled: bool = False,
+        overlap: bool = False,
+        check: bool = True,
+        fallback: Fallback = "error",
     ) -> nn.Module:
         """Rewire the model that was recorded, or a copy of it as it was then; returns it.
 
@@ -70,13 +78,19 @@ class Recording:
             chosen: What to rewire of it.
             compiled: Have torch.compile run the branches.
             overlap: Have second runs start beside the gradients of the step after theirs.
+            check: Have the numbers of second runs compared.
+            fallback: What a call does that cannot be rewired.
 
         Raises:
             RewireError: there is nothing to rewire, or a module of it cannot be.
         """
         if not chosen.chains:
             raise RewireError(nothing_to_rewire(chosen))
-        apply_plan(model, chosen, self.found, replace(self.options, compile=compiled, overlap=overlap))
+        if fallback not in get_args(Fallback):
+            raise RewireError(f"fallback is one of {', '.join(get_args(Fallback))}, not {fallback!r}")
+        ways: dict[str, Any] = {"compile": compiled, "overlap": overlap, "check": check, "fallback": fallback}
+        options = replace(self.options, **ways)
+        apply_plan(model, chosen, self.found, options)
         return model
 
 
@@ -92,6 +106,8 @@ def fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
                 f"the plan does not fit {fresh.model}: it has no residual {step.name}; "
                 "plan again with revwire.plan(model)"
             )
+    for chain in wanted.chains:
+        _check_trained(chain, fresh, found)
     check_dials(wanted, found)
     if wanted.coupling != fresh.coupling:
         raise RewireError(
@@ -106,3 +122,21 @@ def fitting(wanted: Plan, fresh: Plan, found: Probe) -> Plan:
             f"the plan was made for exact={wanted.exact}, not {fresh.exact}; pass exact={wanted.exact}"
         )
     return wanted
+
+
+def _check_trained(chain: Chain, fresh: Plan, found: Probe) -> None:
+    """Prove again what a plan that was made elsewhere takes for granted of training.
+
+    Raises:
+        RewireError: a step is another one in training, or its trunk is.
+    """
+    residuals = [residual for step in chain.steps if (residual := found.residual(step)) is not None]
+    for step, residual in zip(chain.steps, residuals, strict=True):
+        if (why := found.training.refuses(residual)) is not None:
+            raise RewireError(f"the plan does not fit {fresh.model}: {step.name}: {why}; plan again")
+    for before, after in pairwise(residuals):
+        if found.training.parts(before, after):
+            raise RewireError(
+                f"the plan does not fit {fresh.model}: in training the code between {before.line} and {after.line} "
+                "changes the trunk; plan again"
+            )

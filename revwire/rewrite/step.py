@@ -31,6 +31,7 @@ def run_step(
     trunk: Any,
     sides: tuple[Any, ...],
     *,
+    begins: bool = False,
     ends: bool,
 ) -> Any:
     """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`.
@@ -42,6 +43,8 @@ def run_step(
         options: How steps run.
         trunk: What enters it.
         sides: What the branch reads beside the trunk.
+        begins: Whether it begins one: the pair that another chain hands on, as training may take another way than
+            the planning run, is merged then.
         ends: Whether it ends its chain and hands on a plain tensor.
 
     Returns:
@@ -64,8 +67,8 @@ def run_step(
     slices = _slices_now(step, options, modules, trunk, sides)
     function = _attention_sliced(step, options, branch, 1 if slices is None else slices.count(trunk.shape))
     link_type = OverlappedLink if options.overlap and can_overlap(trunk.device) else Link
-    run = Branch(step.name, function, modules, owners, slices, step.mode)
-    if not isinstance(trunk, Streams) or not trunk.can_continue(coupling, options.exact):
+    run = Branch(step.name, function, modules, owners, slices, step.mode, options.check)
+    if not isinstance(trunk, Streams) or begins or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     replay = options.replay and not torch.compiler.is_exporting()
     following = trunk.advance(run, sides, replay=replay, link_type=link_type)
@@ -85,9 +88,13 @@ def _slices_now(
     cut = step.slicing
     if cut is None or not options.sliced or trunk.shape[cut.dim] < 2 or len(sides) != len(cut.sides):
         return None
-    # a side input of one row serves all samples
-    if any(c and len(s) != trunk.shape[cut.dim] for c, s in zip(cut.sides, sides, strict=True)):
-        return None
+    length = trunk.shape[cut.dim]
+    for is_cut, side in zip(cut.sides, sides, strict=True):
+        rows = len(side) if isinstance(side, Tensor) and side.ndim else 0
+        # a side input of one row, or of no dimension, serves all samples; one that has as many rows as there are
+        # samples may have had another number when it was proven that it is not to be cut
+        if cut.dim == 0 and is_cut is not (rows == length):
+            return None
     return None if mixes_now(modules) else cut
 
 

@@ -18,9 +18,10 @@ from torch import nn
 from revwire.errors import RewireError
 from revwire.rewrite.program import Program
 from revwire.rewrite.recomputed import Recomputed
-from revwire.rewrite.wired import PLAN, PROGRAM
+from revwire.rewrite.wired import PLAN, PLANNED, PROGRAM, check_complete, is_wired
 from revwire.run.streams import settle
 from revwire.trace.frame import TraceFailure
+from revwire.trace.patches import one_at_a_time
 
 if TYPE_CHECKING:
     from revwire.find.probe import Probe
@@ -31,20 +32,19 @@ _Maker = TypeVar("_Maker", bound=Callable[..., Any])
 _once = cast("Callable[[_Maker], _Maker]", functools.cache)  # classes are hashable, whatever their stubs say
 
 
+@one_at_a_time
 def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -> None:
     """Give each planned module its program, then swap the classes: all of them or, on an error, none."""
-    last = {id(chain.steps[-1]) for chain in chosen.chains if not chain.open}
+    if any(map(is_wired, model.modules())):
+        raise RewireError(f"{type(model).__name__} was rewired meanwhile, by another thread")
     wanted: dict[str, dict[int, Step]] = {run.module: {} for run in chosen.joined}
-    ends: dict[str, set[int]] = {}
     for step in chosen.steps:
-        own, ending = wanted.setdefault(step.module, {}), ends.setdefault(step.module, set())
+        own = wanted.setdefault(step.module, {})
         known = own.get(step.residual)
-        # a step that a shared module runs in the middle of a chain too always hands on both streams
-        if id(step) in last and (known is None or step.residual in ending):
-            ending.add(step.residual)
-        else:
-            ending.discard(step.residual)
         own[step.residual] = step if known is None else replace(step, mode=known.mode)
+    # a step that a shared module runs in the middle of a chain too takes, and hands on, both streams
+    begins = _always(chosen, {id(chain.steps[0]) for chain in chosen.chains})
+    ends = _always(chosen, {id(chain.steps[-1]) for chain in chosen.chains if not chain.open})
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program | Recomputed] = {p: Recomputed(p, options) for p in chosen.recomputed}
     for path, steps in wanted.items():
@@ -55,15 +55,29 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
             )
         try:
             joined = tuple(run for run in chosen.joined if run.module == path)
-            programs[path] = Program(frames[path], steps, frozenset(ends.get(path, ())), options, joined)
+            programs[path] = Program(
+                frames[path],
+                steps,
+                frozenset(i for i in steps if (path, i) in ends),
+                options,
+                joined,
+                begins=frozenset(i for i in steps if (path, i) in begins),
+                trained=found.training.variants(path),
+            )
         except TraceFailure as failure:
             raise RewireError(f"{path or '(model)'} cannot be rewired: its forward {failure}") from failure
     for path, program in programs.items():
         module = model.get_submodule(path)
         module.__dict__[PROGRAM] = program
         module.__class__ = _rewired_class(type(module))
-    model.__dict__[PLAN] = chosen
+    model.__dict__[PLAN], model.__dict__[PLANNED] = chosen, programs
     model.__class__ = _settling_class(type(model))
+
+
+def _always(chosen: Plan, places: set[int]) -> set[tuple[str, int]]:
+    """The module and residual of the steps that stand in such a place of their chain whenever they run."""
+    elsewhere = {(step.module, step.residual) for step in chosen.steps if id(step) not in places}
+    return {(step.module, step.residual) for step in chosen.steps} - elsewhere
 
 
 @_once
@@ -123,6 +137,8 @@ def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
         running: set[int] = _inside.__dict__.setdefault("models", set())
         if id(self) in running:
             return method(self, *args, **kwargs)
+        if PLANNED in self.__dict__:
+            check_complete(self)
         running.add(id(self))
         try:
             return settle(method(self, *args, **kwargs))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from revwire._torch import not_compiled
 from revwire.errors import RewireError
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ PROGRAM = "_revwire_program"
 
 
 PLAN = "_revwire_plan"
+
+
+PLANNED = "_revwire_planned"
+
+
+"""The attribute of a rewired model that holds the programs of its modules, by path."""
 
 
 def unwire(model: nn.Module) -> nn.Module:
@@ -78,7 +85,45 @@ def _wired(model: nn.Module, otherwise: str) -> list[nn.Module]:
 def _take_off(module: nn.Module) -> dict[str, Any]:
     """Put a module's class back; returns the attributes that the class made here went by."""
     module.__class__ = cast("Any", type(module)).revwire_original
-    return {name: module.__dict__.pop(name) for name in (PROGRAM, PLAN) if name in module.__dict__}
+    return {name: module.__dict__.pop(name) for name in (PROGRAM, PLAN, PLANNED) if name in module.__dict__}
+
+
+@not_compiled
+def check_complete(model: nn.Module) -> None:
+    """Check that a model still holds every module that was rewired, whatever is around them now.
+
+    Fusing (`reparameterize_model` of timm) puts other modules in the place of blocks, and what these stood for, the
+    planned network, is then no more.
+
+    Raises:
+        RewireError: one is gone.
+    """
+    planned: dict[str, Any] = model.__dict__.get(PLANNED, {})
+    if all(_program_at(model, path) is program for path, program in planned.items()):
+        return
+    # wrappers (torch.compile, checkpointing, adapters) hold the modules further down
+    at = {id(m.__dict__[PROGRAM]): path for path, m in model.named_modules() if PROGRAM in m.__dict__}
+    if gone := [path for path, program in planned.items() if id(program) not in at]:
+        found = _module_at(model, gone[0])
+        now = "is gone" if found is None else f"was replaced by {type(found).__name__}"
+        more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
+        raise RewireError(
+            f"{gone[0]}{more} {now} since {type(model).__name__} was rewired, and with it the planned network; "
+            "to fuse or replace blocks, call revwire.unwire(model) first, then fuse, then rewire"
+        )
+    model.__dict__[PLANNED] = {at[id(program)]: program for program in planned.values()}
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _program_at(model: nn.Module, path: str) -> Any:
+    module = _module_at(model, path)
+    return None if module is None else module.__dict__.get(PROGRAM)
 
 
 def is_wired(module: nn.Module) -> bool:

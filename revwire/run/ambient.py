@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +17,9 @@ from torch.backends import cuda as sdp
 from revwire._torch import only_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import nn
 
 
 KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
@@ -55,7 +60,7 @@ class RandomState:
     def moved(self) -> bool:
         """Whether numbers were drawn since."""
         now = self.get()
-        return not torch.equal(now, self.state) if isinstance(now, Tensor) else bool(now != self.state)
+        return not _equal(now, self.state)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -68,15 +73,105 @@ class RandomState:
             self.put(now)
 
 
-def generators(device: torch.device) -> Iterator[tuple[Callable[[], Any], Callable[[Any], object]]]:
-    """How to read and write the state of each generator that a branch may draw from; none on fake tensors."""
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two states are the same; numpy's are dicts and tuples with arrays in them."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple) and len(one) < 10:
+        return all(map(_equal, one, other))
+    found = one == other
+    return bool(found.all()) if hasattr(found, "all") else bool(found)
+
+
+def generators(device: torch.device, modules: Iterable[nn.Module]) -> list[RandomState]:
+    """The state of each generator that a branch may draw from; none on fake tensors.
+
+    Reading those of Python and numpy takes longer than the rest of a small branch, so they are read only where the
+    source files of its modules know them.
+
+    Args:
+        device: The device whose generator may be drawn from, beside the CPU's.
+        modules: What the branch calls.
+    """
     if only_shapes():
-        return
-    yield torch.get_rng_state, torch.set_rng_state
-    yield random.getstate, random.setstate
+        return []
+    states = [RandomState.now(torch.get_rng_state, torch.set_rng_state)]
     if device.type not in {"cpu", "meta"}:
         module: Any = torch.get_device_module(device)
-        yield (lambda: module.get_rng_state(device)), (lambda state: module.set_rng_state(state, device))
+        states.append(
+            RandomState.now(
+                lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
+            )
+        )
+    known = set[int]()
+    for kind in {type(module) for module in modules}:
+        for generator in _generators_of(kind):
+            if id(generator) not in known and (state := random_state(generator)) is not None:
+                known.add(id(generator))
+                states.append(state)
+    return states
+
+
+_OF_CLASS: weakref.WeakKeyDictionary[type, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_NEAR = 2
+"""From a class's own source file, in how many steps of functions that it imports a generator is looked for."""
+
+
+def _generators_of(cls: type) -> tuple[Any, ...]:
+    """The generators that the source files of a class, and of functions that they import, can draw from."""
+    if cls not in _OF_CLASS:
+        found: dict[int, Any] = {}
+        seen = set[str]()
+        for base in cls.__mro__:
+            _look_into(base.__module__, found, seen, _NEAR)
+        _OF_CLASS[cls] = tuple(found.values())
+    return _OF_CLASS[cls]
+
+
+def _look_into(name: str, found: dict[int, Any], seen: set[str], steps: int) -> None:
+    if name in seen or name.partition(".")[0] in {"torch", "builtins"} or name not in sys.modules:
+        return
+    seen.add(name)
+    for value in list(vars(sys.modules[name]).values()):
+        for generator in _drawn_from(value):
+            found[id(generator)] = generator
+        if steps and isinstance(value, FunctionType) and value.__module__:
+            _look_into(value.__module__, found, seen, steps - 1)
+
+
+def _drawn_from(value: Any) -> list[Any]:
+    """The generators that a global name leads to: itself, a module's, a function's (`from random import ...`)."""
+    numpy = sys.modules.get("numpy")
+    own: Any = getattr(random, "_inst")  # noqa: B009 - what the functions of the module are methods of
+    if value is random:
+        return [own]
+    if numpy is not None and (value is numpy or value is numpy.random):
+        return [numpy.random.mtrand._rand]  # noqa: SLF001 - numpy has no other name for it
+    if isinstance(value, BuiltinFunctionType | MethodType):
+        value = value.__self__
+    kinds: tuple[Any, ...] = (torch.Generator, random.Random)
+    if numpy is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    return [value] if isinstance(value, kinds) else []
+
+
+def random_state(value: Any) -> RandomState | None:
+    """The state of a random generator, None if the value is none."""
+    if isinstance(value, torch.Generator):
+        return RandomState.now(value.get_state, value.set_state)
+    if isinstance(value, random.Random):
+        return RandomState.now(value.getstate, value.setstate)
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return RandomState.now(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    if isinstance(value, numpy.random.RandomState):
+        return RandomState.now(value.get_state, value.set_state)
+    return None
 
 
 def autocast_now(device: torch.device) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ same tensors in the same order; they are what the tickets stood for.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from revwire.errors import ReplayError
 from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
 from revwire.run.ambient import no_weight_cache
 from revwire.run.conditions import Conditions, observe
+from revwire.run.sample import Sample, can_sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +43,7 @@ class Branch:
         own: The parameters it reads itself, as (owner, name).
         slices: How it is run slice by slice, None: all at once.
         mode: What the step holds for backward.
+        check: Whether the numbers of the second run are compared with those of the first.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Branch:
     own: Sequence[tuple[nn.Module, str]] = ()
     slices: Slices | None = None
     mode: Mode = "reverse"
+    check: bool = True
 
 
 class Redeems(Protocol):
@@ -77,7 +81,17 @@ class BranchRun:
         strides: Those of its input.
     """
 
-    __slots__ = ("_side_versions", "_tickets", "_wants_grad", "branch", "conditions", "sides", "strides")
+    __slots__ = (
+        "_of_output",
+        "_of_saved",
+        "_side_versions",
+        "_tickets",
+        "_wants_grad",
+        "branch",
+        "conditions",
+        "sides",
+        "strides",
+    )
 
     def __init__(self, branch: Branch) -> None:
         self.branch = branch
@@ -87,61 +101,98 @@ class BranchRun:
         self._tickets: list[tuple[weakref.ref[Ticket], torch.Size, torch.dtype]] = []
         self._wants_grad = False
         self._side_versions: list[int] = []
+        self._of_output: Sample | None = None
+        self._of_saved: tuple[int, Sample] | None = None
 
     @property
     def silent(self) -> bool:
         """Whether nothing was dropped."""
         return not self._tickets
 
-    def forward(self, owner: Redeems, run: int, x: Tensor, sides: tuple[Any, ...]) -> Any:
-        """The branch's output, with grad and with its saved tensors dropped."""
+    @property
+    def sampled(self) -> list[Tensor]:
+        """The few numbers that the second run is compared with."""
+        samples = (self._of_output, self._of_saved[1] if self._of_saved else None)
+        return [sample.numbers for sample in samples if sample is not None]
+
+    def forward(self, owner: Redeems, run: int, x: Tensor, sides: tuple[Any, ...], *, output: bool) -> Any:
+        """The branch's output, with grad and with its saved tensors dropped.
+
+        Args:
+            owner: Who gets the tensors back.
+            run: Which of its runs this is.
+            x: The trunk, or a slice of it.
+            sides: What the branch reads beside it.
+            output: Whether the second run's output will be asked for.
+        """
         self._wants_grad, self.strides = x.requires_grad, x.stride()
         self.sides = _without_history(sides)
         self._side_versions = _versions(sides)
         version = x._version
+        precision = 0.0
+        last: tuple[int, Tensor] | None = None
 
         def drop(tensor: Tensor) -> Tensor | Ticket:
-            if isinstance(tensor, nn.Parameter):
+            nonlocal precision, last
+            if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
             ticket = Ticket(owner, run, len(self._tickets))
             self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
+            if tensor.is_floating_point():
+                precision = max(precision, epsilon(tensor.dtype))
+                last = None if output else (ticket.index, tensor)
             return ticket
 
-        seen = observe(self.branch.modules, self.branch.own, x.device)
+        name, own = self.branch.name, self.branch.own
+        seen = observe(name, self.branch.modules, own, x.device)
         with no_weight_cache(), seen as self.conditions, saved_tensors_hooks(drop, _redeem):
             out = self.branch.function(x, *sides)
         if x._version != version:
             raise ReplayError(
-                f"{self.branch.name}: the branch changes its input in place, which would corrupt the stream; give it a "
+                f"{name}: the branch changes its input in place, which would corrupt the stream; give it a "
                 "clone, or leave the block out with rewire(..., exclude=...)"
             )
+        if self.branch.check and self._tickets:
+            self._sample(out, precision, last)
+        last = None  # the graph holds the hook, and the hook this
         return out
 
-    def again(self, current: Tensor, *, output: bool = True) -> tuple[Tensor | None, dict[int, Tensor]]:
+    def _sample(self, out: Any, precision: float, last: tuple[int, Tensor] | None) -> None:
+        """Note a few numbers, for the second run to be compared with."""
+        if last is not None and can_sample(last[1]):
+            # a second run that nobody asks for an output stops at the last tensor that it saves
+            self._of_saved = last[0], Sample(last[1], precision)
+        elif isinstance(out, Tensor) and can_sample(out):
+            self._of_output = Sample(out, max(precision, epsilon(out.dtype)))
+
+    def again(
+        self, current: Tensor, *, output: bool = True, error: float | None = 0.0
+    ) -> tuple[Tensor | None, dict[int, Tensor], float | Tensor]:
         """The same run, with grad.
 
         Args:
             current: The input, of the values of then.
             output: Whether the output is needed; if not, the run stops at the last tensor that it saves.
+            error: The relative error of the input, None in an exact chain.
 
         Returns:
-            The output, None if it is not needed; and the tensors that living tickets stand for, by index.
+            The output, None if it is not needed; the tensors that living tickets stand for, by index; and how far the
+            run's numbers are off, 0 if it was the same run (a tensor, on a device that runs ahead of Python).
         """
         count = 0
         saved: dict[int, Tensor] = {}
+        off: float | Tensor = 0.0
+        # what is compared may be known by the output alone
+        output = output or self._of_output is not None
 
         def collect(tensor: Tensor) -> Tensor | None:
-            nonlocal count
-            if isinstance(tensor, nn.Parameter):
+            nonlocal count, off
+            if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
-            if count == len(self._tickets):
-                raise self._differs("saves more tensors")
-            ticket, shape, dtype = self._tickets[count]
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise self._differs(
-                    f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}"
-                )
-            if ticket() is not None:
+            ticket = self._ticket_for(count, tensor)
+            if self._of_saved is not None and self._of_saved[0] == count:
+                off = self._of_saved[1].difference(tensor, error)
+            if ticket is not None:
                 saved[count] = tensor.detach()
             count += 1
             if not output and count == len(self._tickets):
@@ -152,14 +203,26 @@ class BranchRun:
             with saved_tensors_hooks(collect, _no_backward):
                 out = self._run(current, with_grad=True)
         except _Done:
-            return None, saved
+            return None, saved, off
         if count != len(self._tickets):
             raise self._differs("saves fewer tensors")
-        return out, saved
+        if self._of_output is not None:
+            off = self._of_output.difference(out, error)
+        return out, saved, off
 
-    def output_again(self, current: Tensor) -> Tensor:
-        """The output of the same run, without grad."""
-        return self._run(current, with_grad=False)
+    def _ticket_for(self, index: int, tensor: Tensor) -> Ticket | None:
+        """The ticket that a tensor saved again stands for, None if nobody has it any more."""
+        if index == len(self._tickets):
+            raise self._differs("saves more tensors")
+        ticket, shape, dtype = self._tickets[index]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise self._differs(f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}")
+        return ticket()
+
+    def output_again(self, current: Tensor, error: float | None = 0.0) -> tuple[Tensor, float | Tensor]:
+        """The output of the same run, without grad, and how far its numbers are off."""
+        out = self._run(current, with_grad=False)
+        return out, 0.0 if self._of_output is None else self._of_output.difference(out, error)
 
     def check_unchanged(self) -> None:
         """See to it that a run again runs on what the first one ran on.
@@ -182,15 +245,24 @@ class BranchRun:
         self._check_sides()
         x = _with_strides(current, self.strides).detach().requires_grad_(self._wants_grad)
         assert self.conditions is not None
-        with self.conditions.restored(self.branch.name), torch.set_grad_enabled(with_grad):
-            out: Tensor = self.branch.function(x, *_without_history(self.sides))
+        with torch.set_grad_enabled(with_grad):
+            out: Tensor = self.conditions.run(
+                self.branch.name, lambda: self.branch.function(x, *_without_history(self.sides))
+            )
         return out
 
     def _differs(self, what: str) -> ReplayError:
         return ReplayError(
-            f"{self.branch.name}: run again in backward, the branch {what} than in forward, so it is not the same "
-            "run; does it depend on global state, or on random numbers of a generator of its own?"
+            f"{self.branch.name}: run again in backward, the branch {what} than in forward, {WHY}"
         )
+
+
+WHY = (
+    "so it is not the same run, and gradients would be wrong. What it depends on has changed since the forward in a "
+    "way that could not be put back: a weight without a mark (.data, a fused optimizer's step), a global, an object "
+    "or an adapter's setting that it reads, random numbers of a generator of its own, another thread. "
+    "Call backward() before such a change"
+)
 
 
 class _Done(Exception):
@@ -202,7 +274,16 @@ def _redeem(packed: Tensor | Ticket) -> Tensor:
 
 
 def _no_backward(_: object) -> Tensor:
-    raise ReplayError(f"a branch: {BACKWARD_INSIDE}")
+    raise ReplayError(
+        f"a tensor that a branch made when it ran again was used in a backward. Either {BACKWARD_INSIDE}; or it has a "
+        "side effect, such as a loss that it appends to a list, which happens twice: return it instead"
+    )
+
+
+@functools.cache
+def epsilon(dtype: torch.dtype) -> float:
+    """The precision of a dtype of floating-point numbers."""
+    return float(torch.finfo(dtype).eps)
 
 
 def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:

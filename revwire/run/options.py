@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from revwire.run.coupling import Coupling
     from revwire.run.exact import Exact
 
+Fallback = Literal["error", "original"]
+"""What a call does that cannot be rewired: fail, or run the original forward, which is another function."""
+
 Mode = Literal["reverse", "anchor", "keep"]
 """What a step holds for backward: nothing, the input of the step before it, or the graph of its branch."""
 
@@ -26,6 +29,8 @@ class Options:
         compile: Run branches by torch.compile; on fake tensors they run as they are.
         overlap: Start a step's second run while the device computes the gradients of the step after it
             (`revwire.experimental.overlap`).
+        check: Compare a few numbers of every second run with those of the first.
+        fallback: What a call of a rewired module does that cannot be traced.
     """
 
     coupling: Coupling
@@ -34,3 +39,5 @@ class Options:
     sliced: bool = True
     compile: bool = False
     overlap: bool = False
+    check: bool = True
+    fallback: Fallback = "error"

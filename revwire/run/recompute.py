@@ -59,12 +59,14 @@ def run_again(
         def run_on_pair(current: Tensor, previous: Tensor, *rest: Any) -> Any:
             return run(merge(previous, current), *rest)
 
-        return _run_on(trunk.current, (trunk.previous, *others), Branch(name, run_on_pair, modules))
-    return _run_on(settle(trunk), others, Branch(name, run, modules))
+        return _run_on(
+            trunk.current, (trunk.previous, *others), Branch(name, run_on_pair, modules, check=options.check)
+        )
+    return _run_on(settle(trunk), others, Branch(name, run, modules, check=options.check))
 
 
 def _run_on(x: Tensor, sides: tuple[Any, ...], branch: Branch) -> Any:
     """A step without a chain: its input is kept, and reconstructed by nobody."""
-    link = Link(Tape(branch.name), 0, branch, bottom=True)
+    link = Link(Tape(branch.name, lambda *_: 0.0), 0, branch, bottom=True)
     link.end = Kept(x, branch.name, "its input"), None
     return link.run(x, sides, drop=True)

@@ -32,6 +32,7 @@ class Reconstruction:
         slices: How the branch is cut, None: it runs on all of the trunk.
         runs: How many runs of the branch there are.
         last: Whether no step of this pass asks for its states again.
+        age: How many steps were taken back to get at `current`.
 
     Attributes:
         current: `x[i]`.
@@ -39,7 +40,17 @@ class Reconstruction:
         waiting: The runs of the branch that are still to come.
     """
 
-    __slots__ = ("_following", "_inverse", "_out", "_overwrites", "_slices", "current", "last", "waiting")
+    __slots__ = (
+        "_following",
+        "_inverse",
+        "_out",
+        "_overwrites",
+        "_slices",
+        "age",
+        "current",
+        "last",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -50,8 +61,9 @@ class Reconstruction:
         runs: int,
         *,
         last: bool,
+        age: int = 0,
     ) -> None:
-        self.current, self._following, self.last = current, following, last
+        self.current, self._following, self.last, self.age = current, following, last, age
         self._inverse, self._slices = inverse, slices
         self.waiting = set(range(runs))
         # where nobody else needs x[i+1], x[i-1] takes its memory

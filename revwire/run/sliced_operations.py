@@ -84,7 +84,7 @@ class SlicedOperations:
         out: Tensor | None = None
         ran: list[Conditions] = []
         for span in self.spans:
-            with observe((), (), operands[0].device) as conditions:
+            with observe(self.name, (), (), operands[0].device) as conditions:
                 value = self._run(self._blocks(operands, span), span)
             ran.append(conditions)
             lead = self.operations[-1].lead

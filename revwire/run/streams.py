@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revwire._torch import register_pytree_node
+from revwire._torch import backward_pass, register_pytree_node
 from revwire.errors import RewireError
 from revwire.pytree import tree_leaves, tree_map
 from revwire.run.exact import Grid, dropped_bits
@@ -185,10 +185,11 @@ class Streams(TensorLike):
         out = link.run(self.current, sides, drop=replay and branch.mode != "keep")
         following = self._next(link, weights, out)
         # only now: a branch that raises leaves these streams as they were, for whoever catches it to go on with
-        if self.link is not None:
-            self.link.taken = True
+        before = None if self._again else self.link
+        if before is not None:
+            before.taken = True
         if not (torch.is_inference_mode_enabled() or torch.compiler.is_exporting()):
-            link.follow(self.link, self.current, following)
+            link.follow(before, self.current, following)
         after = promoted(narrow, out.dtype)
         return Streams(self.current, following, Place(self.coupling, after, link, grid=self.grid))
 
@@ -215,12 +216,21 @@ class Streams(TensorLike):
             return False
         if isinstance(exact, Grid) and exact != self.grid:
             return False
-        return not self.left and not (self.link is not None and self.link.taken)
+        return not self.left and (self.link is None or not self.link.taken or self._again)
+
+    @property
+    def _again(self) -> bool:
+        """Whether a step that goes on from here did so before, and a checkpoint around it runs it again in backward."""
+        return self.link is not None and self.link.taken and backward_pass() != -1
+
+    def _tape(self, chain: str) -> Tape:
+        return Tape(chain, self.coupling.error_after if self.grid is None else None)
 
     def _link(self, branch: Branch, link_type: type[Link]) -> Link:
         before = self.link
-        if before is None:
-            return link_type(Tape(branch.name), 0, branch, bottom=True)
+        # what a checkpoint runs again is looked at by it, and no part of the chain that the forward built
+        if before is None or self._again:
+            return link_type(self._tape(branch.name), 0, branch, bottom=True)
         link = link_type(before.tape, before.position + 1, branch, bottom=before.silent)
         link.before = weakref.ref(before)
         link.undo = self.undo

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from revwire._torch import at_end_of_backward, backward_pass
 from revwire.errors import ReplayError
-from revwire.run.branch import BACKWARD_INSIDE, BranchRun
+from revwire.run.branch import BACKWARD_INSIDE, WHY, BranchRun, epsilon
 from revwire.run.kept import Kept
 from revwire.run.reconstruct import Reconstruction
 
@@ -52,23 +52,32 @@ class Pass:
         pairs: What a link's second run handed to the step before it.
         opened: The links some of whose runs are done again, others not yet.
         saved: The tensors that a run saved again and that its tickets have not fetched yet, by link and run.
+        ages: How many steps were taken back to get at a link's pair.
+        told: What a device that runs ahead will say of the second runs: step, and how far its numbers are off.
     """
 
-    __slots__ = ("__weakref__", "opened", "pairs", "saved")
+    __slots__ = ("__weakref__", "ages", "opened", "pairs", "saved", "told")
 
     def __init__(self) -> None:
         self.pairs: dict[int, Pair] = {}
         self.opened: dict[int, Reconstruction] = {}
         self.saved: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self.ages: dict[int, int] = {}
+        self.told: list[tuple[str, Tensor]] = []
 
 
 class Tape:
-    """One run of a chain that begins with step `chain`; its links share the passes of backward and the `watch`."""
+    """One run of a chain; its links share the passes of backward and the `watch`.
 
-    __slots__ = ("chain", "passes", "watch")
+    Args:
+        chain: Name of its first step.
+        error_after: From a number of steps and the rounding of one to the relative error of what they reconstruct.
+    """
 
-    def __init__(self, chain: str) -> None:
-        self.chain = chain
+    __slots__ = ("chain", "error_after", "passes", "watch")
+
+    def __init__(self, chain: str, error_after: Callable[[int, float], float] | None = None) -> None:
+        self.chain, self.error_after = chain, error_after
         self.passes: dict[int, Pass] = {}
         self.watch: Watch | None = None
 
@@ -80,8 +89,25 @@ class Tape:
         if number not in self.passes:
             passes = self.passes
             passes[number] = Pass()
-            at_end_of_backward(lambda: passes.pop(number, None))
+            at_end_of_backward(lambda: _ended(passes.pop(number)))
         return self.passes[number]
+
+
+def _ended(over: Pass) -> None:
+    """Hear what a device has said of the second runs of a pass, now that it is done."""
+    if over.told:
+        for (step, _), off in zip(
+            over.told, torch.stack([off for _, off in over.told]).tolist(), strict=True
+        ):
+            if off:
+                raise _another_run(step, off)
+
+
+def _another_run(step: str, off: float) -> ReplayError:
+    return ReplayError(
+        f"{step}: run again in backward, the branch gives other numbers than in forward ({off:.1g} of their size "
+        f"apart), {WHY}. If it is meant to give others, exclude= the block; rewire(..., check=False) does not look"
+    )
 
 
 class Link:
@@ -138,7 +164,7 @@ class Link:
             out = self.branch.function(x, *sides)
             return out
         self.runs.append(BranchRun(self.branch))
-        out = self.runs[-1].forward(self, len(self.runs) - 1, x, sides)
+        out = self.runs[-1].forward(self, len(self.runs) - 1, x, sides, output=self._reconstructs)
         return out
 
     def input_kept(self, previous: Tensor) -> Kept:
@@ -185,7 +211,9 @@ class Link:
                 link.step_through(now)
             self._open(now, last=True)
         opened = now.opened[self.position]
-        out, saved = self.runs[run].again(opened.input_of(run), output=self._reconstructs)
+        x, error = opened.input_of(run), self._error(opened)
+        out, saved, off = self.runs[run].again(x, output=self._reconstructs, error=error)
+        self._judge(now, off)
         self._done(now, opened, run, out)
         return saved
 
@@ -193,10 +221,25 @@ class Link:
         """Reconstruct the pair below, without what the tickets stand for."""
         opened = now.opened.get(self.position) or self._open(now, last=False)
         for run in sorted(opened.waiting):
-            out = self.runs[run].output_again(opened.input_of(run)) if self._reconstructs else None
+            out = None
+            if self._reconstructs:
+                out, off = self.runs[run].output_again(opened.input_of(run), self._error(opened))
+                self._judge(now, off)
             self._done(now, opened, run, out)
         if not self.runs:
             self._close(now, opened)
+
+    def _error(self, opened: Reconstruction) -> float | None:
+        """The relative error of what a second run is given; None where that is the same to the bit."""
+        if self.tape.error_after is None or not opened.age:
+            return None if self.tape.error_after is None else 0.0
+        return self.tape.error_after(opened.age, epsilon(opened.current.dtype))
+
+    def _judge(self, now: Pass, off: float | Tensor) -> None:
+        if isinstance(off, Tensor):
+            now.told.append((self.branch.name, off))
+        elif off:
+            raise _another_run(self.branch.name, off)
 
     @property
     def _reconstructs(self) -> bool:
@@ -204,11 +247,12 @@ class Link:
         return self.anchor is None and not self.bottom
 
     def _open(self, now: Pass, *, last: bool) -> Reconstruction:
+        age = 0 if self.next is None else now.ages.get(self.next.position, 0) + 1
         current, following = self.take(now, last=last)
         if not self._reconstructs:
             following = None
         opened = Reconstruction(
-            current, following, self.inverse, self.branch.slices, len(self.runs), last=last
+            current, following, self.inverse, self.branch.slices, len(self.runs), last=last, age=age
         )
         now.opened[self.position] = opened
         return opened
@@ -227,7 +271,7 @@ class Link:
                 pair = previous, opened.current
                 for undo in self.undo:
                     pair = undo(pair[0]), undo(pair[1])
-            now.pairs[self.position] = pair
+            now.pairs[self.position], now.ages[self.position] = pair, opened.age
         # only now: where there is no pair to be had, whoever asks again is told so again
         now.opened.pop(self.position)
 

@@ -9,12 +9,16 @@ from torch import Tensor, fx, nn
 from revwire._torch import traced_assert
 from revwire.pytree import tree_leaves
 from revwire.run.rearrange import is_rearrangement
+from revwire.trace.expected import expected
+from revwire.trace.health import drop_checks, finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from revwire.trace.frame import Frame
 
+# calls that return nothing and belong to what they look at
+_CHECKS = {traced_assert, finite}
 # what takes the dtype, device or shape of its arguments and not their values; the second kind, of all but the first
 _LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
 _LIKE |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
@@ -49,7 +53,14 @@ def between(skip: fx.Node, ends: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     """Nodes that depend on the values of `skip` and that `ends` are or depend on, in graph order."""
     after = dependents(skip)
     inside = after & (ancestors(ends) | set(ends))
-    inside |= {n for n in after if n.target is traced_assert and inside.intersection(n.all_input_nodes)}
+    for node in after:
+        if node.target in _CHECKS and inside.intersection(node.all_input_nodes):
+            inside = inside | {node}
+        elif node.target is expected:
+            # a check of what a child of the branch returned, and the way to it
+            way = ancestors([node]) & after
+            if inside.issuperset(n for n in way if n.op == "call_module"):
+                inside = inside | way | {node}
     return tuple(n for n in skip.graph.nodes if n in inside)
 
 
@@ -68,9 +79,9 @@ def _reads_values(user: fx.Node, source: fx.Node) -> bool:
     name = getattr(user.target, "__name__", str(user.target))
     if name in _LIKE or (name in _AS and user.args[0] is not source):
         return False
-    return user.target is traced_assert or any(
-        isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value"))
-    )
+    if user.target in _CHECKS or user.target is expected or user.meta.get("child") is not None:
+        return True
+    return any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
 
 
 def rearranges(node: fx.Node) -> bool:
@@ -85,3 +96,4 @@ def drop_unused(graph: fx.Graph) -> None:
         pure = node.target is getattr or getattr(node.target, "__module__", None) == "_operator"
         if node.op == "call_function" and pure and not node.users and not node.meta["changes"]:
             graph.erase_node(node)
+    drop_checks(graph.nodes)

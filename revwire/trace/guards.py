@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass, field
-from enum import Enum
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from revwire.pytree import is_object
 from revwire.run.streams import Streams
+from revwire.trace.reads import Reads
+from revwire.trace.same import same
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import CodeType
 
     from revwire._torch import TreeSpec
 
@@ -61,20 +59,15 @@ class Inlined:
     Attributes:
         path: Where it is, below the frame's module.
         cls: Its class, whose forward was traced.
-        training: The mode it was traced in, if its code can see that; else None.
-        settings: As the frame's own (`Guards.settings`).
     """
 
     path: str
     cls: type[nn.Module]
-    training: bool | None
-    settings: dict[str, Any]
 
     def agrees(self, module: nn.Module) -> bool:
         """Whether the child of `module` at this path would still run the code that was traced."""
         child = module.get_submodule(self.path)
-        as_traced = type(child) is self.cls and self.training in {None, child.training}
-        return as_traced and has_settings(child, self.settings) and may_inline(child)
+        return type(child) is self.cls and may_inline(child)
 
 
 def may_inline(module: nn.Module) -> bool:
@@ -95,20 +88,26 @@ class Guards:
         spec: Structure of `(args, kwargs)`.
         constants: The leaves of that structure, with `TENSOR` for tensors.
         looked_at: What the code looked at of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
-        training: The mode it was traced in, if the frame's own code can see `self.training`; else None.
-        settings: The module's numbers, flags and words that its code can see (`self.drop_rate`).
+        reads: What the code reads beside its arguments.
+        expected: Paths of children that returned a None, a flag or a word which the code saw; what they read counts.
         attributes: Attributes that the code read of objects it was given: (leaf, names) to the value.
         inlined: Children whose code is part of the frame's graph, by path.
+        ran: Code that was seen to run, by its id, with its globals.
     """
 
     spec: TreeSpec | None = None
     constants: tuple[Any, ...] = ()
     looked_at: set[str] = field(default_factory=set)
-    training: bool | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    reads: Reads | None = None
+    expected: set[str] = field(default_factory=set)
     attributes: dict[tuple[int, tuple[str, ...]], Any] = field(default_factory=dict)
     inlined: dict[str, Inlined] = field(default_factory=dict)
+    ran: dict[int, tuple[CodeType, dict[str, Any]]] = field(default_factory=dict)
     _properties: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def note_reads(self, module: nn.Module, caches: dict[Any, Any]) -> None:
+        """Note what the code that ran reads of `module` and around it, as it is now, but for its caches."""
+        self.reads = Reads(module, self.ran.values(), sorted({*self.inlined, *self.expected}), caches)
 
     def seal(self, leaves: Sequence[Any]) -> None:
         """Note what the frame's code saw of these input leaves, when it has run."""
@@ -116,21 +115,23 @@ class Guards:
 
     def hold(self, module: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> bool:
         """Whether a call of `module` with these argument leaves runs the code that was traced."""
-        if self.inlined and not all(child.agrees(module) for child in self.inlined.values()):
-            return False
-        if self.training not in {None, module.training}:
-            return False
         if len(leaves) != len(self.constants) or spec != self.spec:
             return False
         for leaf, constant in zip(leaves, self.constants, strict=True):
             found = constant_for(leaf)
             if found is not constant and not same(found, constant):
                 return False
-        if not has_settings(module, self.settings):
-            return False
         if any(not same(_read(leaves[i], names), value) for (i, names), value in self.attributes.items()):
             return False
-        return all(_properties(key, leaves) == value for key, value in self._properties.items())
+        if any(_properties(key, leaves) != value for key, value in self._properties.items()):
+            return False
+        return self.reads_the_same(module)
+
+    def reads_the_same(self, module: nn.Module) -> bool:
+        """Whether the code that was traced reads of `module`, and around it, what it read then."""
+        if self.reads is not None and not self.reads.hold(module):
+            return False
+        return not self.inlined or all(child.agrees(module) for child in self.inlined.values())
 
 
 def _read(leaf: Any, names: tuple[str, ...]) -> Any:
@@ -141,66 +142,3 @@ def _read(leaf: Any, names: tuple[str, ...]) -> Any:
 
 def _properties(key: str, leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(getattr(leaf, key) for leaf in leaves if is_tensor(leaf))
-
-
-def names_in(cls: type, *, entry: str | None = None) -> frozenset[str]:
-    """The names and words that a module class's own methods mention.
-
-    Args:
-        cls: The class.
-        entry: Look into this method and those that it mentions, alone; else into all.
-    """
-    written: dict[str, list[CodeType]] = {}
-    for owner in _own_classes(cls):
-        for name, value in vars(owner).items():
-            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            if hasattr(function, "__code__"):
-                written.setdefault(name, []).append(function.__code__)
-    names = set[str]()
-    waiting = [code for name, codes in written.items() if entry in {None, name} for code in codes]
-    while waiting:
-        code = waiting.pop()
-        mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-        if entry is not None:
-            waiting.extend(c for name in mentioned - names for c in written.get(name, ()))
-        names |= mentioned
-        waiting.extend(c for c in code.co_consts if isinstance(c, CodeType))
-    return frozenset(names)
-
-
-def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The numbers, flags, words and lists of such that a module's forward mentions of it, the mode aside."""
-    mentioned = names_in(type(module), entry="forward") - {"training"}
-    of_class: dict[str, Any] = {}
-    for owner in reversed(_own_classes(type(module))):
-        of_class |= vars(owner)
-    held = (of_class | module.__dict__).items()
-    return {key: copy.copy(value) for key, value in held if key in mentioned and _is_setting(value)}
-
-
-def _own_classes(cls: type) -> list[type]:
-    return [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
-
-
-_ABSENT = object()
-
-
-def _is_setting(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_setting, value))
-    return isinstance(value, bool | int | float | complex | str | None | Enum | torch.dtype)
-
-
-def has_settings(module: nn.Module, settings: dict[str, Any]) -> bool:
-    """Whether a module's settings are these."""
-    return all(same(getattr(module, key, _ABSENT), value) for key, value in settings.items())
-
-
-def same(one: object, other: object) -> bool:
-    """Whether a value is the one that code was traced with."""
-    try:
-        if one is other or (type(one) is type(other) and bool(one == other)):
-            return True
-        return isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
-    except Exception:  # noqa: BLE001 - an object whose == is no yes or no is another object
-        return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,31 @@ if TYPE_CHECKING:
     from revwire.trace.tracer import FrameTracer
 
 
+TRACING = threading.RLock()
+"""One at a time plans, rewires or traces: what is patched meanwhile is patched in one place for all threads."""
+
+
+_Function = TypeVar("_Function", bound="Callable[..., Any]")
+
+
+def one_at_a_time(function: _Function) -> _Function:
+    """`function`, which one thread runs at a time, and no other traces meanwhile."""
+
+    @functools.wraps(function)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with TRACING:
+            return function(*args, **kwargs)
+
+    return cast("_Function", locked)
+
+
 class Records(Protocol):
     """Who takes down what a model runs."""
 
     tracing: FrameTracer | None
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """What a module's own tensor is for the code that is recorded."""
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `nn.Module.__call__` becomes."""
@@ -56,6 +79,29 @@ class FunctionsRecorded(TorchFunctionMode):
         return tracer.record(kind, target, args, kwargs, value) if made else value
 
 
+class _ThisThread:
+    """In the place of a pattern of messages: matches all, of one thread."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def match(self, _: str) -> bool:
+        """Whether the thread that asks is the one."""
+        return threading.get_ident() == self._thread
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """For the length of the block, this thread's warnings are ignored, and no other's."""
+    filters: list[Any] = warnings.filters  # type: ignore[assignment] # another thread may put its own list there
+    ours = ("ignore", _ThisThread(), Warning, None, 0)
+    filters.insert(0, ours)
+    try:
+        yield
+    finally:
+        filters.remove(ours)
+
+
 @contextmanager
 def patched_modules(recorder: Records) -> Iterator[None]:
     """Module calls and reads of parameters go through `recorder`."""
@@ -68,9 +114,11 @@ def patched_modules(recorder: Records) -> Iterator[None]:
 
     def patched_getattr(module: nn.Module, key: str) -> Any:
         value = getattribute(module, key)
-        if recorder.tracing is not None and isinstance(value, Tensor) and threading.get_ident() == thread:
-            return recorder.tracing.parameter(module, key, value)
-        return value
+        if threading.get_ident() != thread or not isinstance(value, Tensor):
+            return value
+        # handed out, not put into the module: other threads may be running it
+        value = recorder.stand_in(value)
+        return value if recorder.tracing is None else recorder.tracing.parameter(module, key, value)
 
     nn.Module.__call__, nn.Module.__getattr__ = patched_call, patched_getattr  # type: ignore[method-assign]
     try:
@@ -83,9 +131,10 @@ def patched_modules(recorder: Records) -> Iterator[None]:
 def patched_functions(recorder: Records) -> Iterator[None]:
     """What a frame's own code must not call: it cannot be recorded, and hands proxies to C++ code."""
     apply, start = torch.autograd.Function.__dict__["apply"], CheckpointFrame.__init__
+    thread = threading.get_ident()
 
     def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.tracing is not None:
+        if recorder.tracing is not None and threading.get_ident() == thread:
             # a custom autograd.Function would dissolve into its forward
             raise TraceFailure(
                 f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
@@ -93,7 +142,7 @@ def patched_functions(recorder: Records) -> Iterator[None]:
         return apply.__get__(None, cls)(*args, **kwargs)
 
     def patched_start(*args: Any, **kwargs: Any) -> None:
-        if recorder.tracing is not None:
+        if recorder.tracing is not None and threading.get_ident() == thread:
             raise TraceFailure(
                 "calls torch.utils.checkpoint itself; a rewired chain does without, so turn it off"
             )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import builtins
 import operator
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, fx
 
+from revwire.trace.expected import SEEN, unused_targets
 from revwire.trace.frame import TraceFailure
+from revwire.trace.health import finite, outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +44,15 @@ class Traces(Protocol):
 
     guards: Guards
 
+    def look(self) -> None:
+        """Note whose code is running."""
+
+    def called(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """The proxy of a call's value, whatever that is."""
+
+    def expect(self, proxy: ValueProxy) -> None:
+        """Have the generated code check that a value is what it was when this was traced."""
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Record a call and compute its example value."""
 
@@ -65,6 +77,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if isinstance(self.value, Tensor):
             if name in _CONCRETE:
+                self.tracer.look()
                 self.tracer.guards.looked_at.add(_CONCRETE[name])
                 return getattr(self.value, name)
             if name in {"requires_grad", "grad_fn", "is_leaf", "grad", "data"}:
@@ -84,26 +97,44 @@ class ValueProxy(fx.Proxy):
         """Whether the value is an object with a state, or came out of one."""
         return bool(self.node.meta["of_object"])
 
+    @property
+    def of_child(self) -> bool:
+        """Whether the value is no tensor, and a child returned it or what it was worked out from."""
+        return self.node.meta["child"] is not None
+
     def _pinned(self, name: str, value: Any) -> Any:
         """A plain attribute of an object: a constant of the graph, which holds for calls that agree on it."""
         names: tuple[str, ...] = (name,)
         node = self.node
         while node.op == "call_function" and node.target is getattr:
             names, node = (str(node.args[1]), *names), node.all_input_nodes[0]
+        if node.meta["child"] is not None:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if node.op != "placeholder":
             raise TraceFailure(f"reads {name!r} of what an object returned")
         self.tracer.guards.attributes[int(str(node.target)[len("input_") :]), names] = value
         return value
 
     def _concrete(self) -> Any:
+        self.tracer.look()
         if isinstance(self.value, Tensor):
             raise TraceFailure("decides by the numbers in a tensor")
-        if self.of_object:
+        if self.of_child and isinstance(self.value, SEEN):
+            self.tracer.expect(self)
+        elif self.of_object:
             raise TraceFailure(f"decides by what an object returned ({self.node.name})")
-        self.tracer.guards.looked_at.add("shape")
+        # a flag (`is_floating_point`) may tell of more than the shape
+        self.tracer.guards.looked_at.update({"shape", "dtype"} if isinstance(self.value, bool) else {"shape"})
         return self.value
 
     def __bool__(self) -> bool:
+        checked: set[fx.Node] = set()
+        # only of a tensor: what is decided by a shape is a constant of the graph
+        if isinstance(self.value, Tensor) and (healthy := outcome(self.node, checked)) is not None:
+            for node in sorted(checked, key=lambda node: int(node.meta["order"])):
+                line = self.node.meta["line"]
+                self.tracer.create_proxy("call_function", finite, (ValueProxy(node, self.tracer), line), {})
+            return healthy
         return bool(self._concrete())
 
     def __int__(self) -> int:
@@ -119,6 +150,8 @@ class ValueProxy(fx.Proxy):
         return id(self) if isinstance(self.value, Tensor) else hash(self._concrete())
 
     def __len__(self) -> int:
+        if self.of_child and isinstance(self.value, tuple | list | dict):
+            return int(self.tracer.create_proxy("call_function", len, (self,), {}))
         if self.of_object and not isinstance(self.value, tuple):
             raise TraceFailure(f"decides by what an object returned ({self.node.name})")
         if isinstance(self.value, Tensor):
@@ -127,16 +160,36 @@ class ValueProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, dict):
-            return iter(self.value)
-        return (self[i] for i in range(len(self)))  # type: ignore[index]
+            return iter(self.keys())
+        if not self.of_child or not isinstance(self.value, tuple | list):
+            return (self[i] for i in range(len(self)))  # type: ignore[index]
+        # what nobody reads may be another thing at each call
+        unused = unused_targets(sys._getframe(1))  # noqa: SLF001 - documented, whatever its name
+        return (
+            (self.tracer.called if i in unused else self.tracer.create_proxy)(
+                "call_function", operator.getitem, (self, i), {}
+            )
+            for i in range(len(self.value))
+        )
 
     def __contains__(self, item: object) -> bool:
         if isinstance(self.value, Tensor):
             raise TraceFailure("decides by the numbers in a tensor")
+        if self.of_child and isinstance(self.value, dict | list | tuple):
+            return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
         return item in (self.value if isinstance(self.value, dict) else self._concrete())
+
+    def __str__(self) -> str:
+        return str(self._concrete()) if isinstance(self.value, _PLAIN) else repr(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._concrete(), spec) if isinstance(self.value, _PLAIN) else repr(self)
 
     def keys(self) -> Any:
         """Keys of a proxied dict, so that `**proxy` works."""
+        if self.of_child:
+            for key in self.value:
+                bool(key in self)
         return self.value.keys()
 
     def __setitem__(self, key: Any, item: Any) -> None:

@@ -9,44 +9,53 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from revwire._torch import FakeTensorMode, quiet_fake_tensors
+from revwire._torch import FakeTensor, FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.frame import Frame, Identity, TraceFailure, identity, original_forward
-from revwire.trace.graph import ancestors, drop_unused, seen_through
-from revwire.trace.guards import Inlined, constant_for, is_input, may_inline, names_in, settings_of
-from revwire.trace.patches import FunctionsRecorded, patched_functions, patched_modules
+from revwire.trace.graph import drop_unused
+from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
+from revwire.trace.outside import Outside
+from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
 from revwire.trace.proxy import ValueProxy, answering_isinstance
-from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept, uncached
-from revwire.trace.sums import joined_arguments
+from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept
+from revwire.trace.sums import belongs_to_caller, may_be_planned
 from revwire.trace.tracer import FrameTracer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from types import CodeType
 
 
 class Recorder:
     """Runs a model, or one frame of it, once on example values, and records every frame.
 
     Use as a context manager: inside, modules called through `nn.Module.__call__` trace themselves (without their
-    hooks), parameters and buffers are fake stand-ins, and random state is left as it was.
+    hooks), reads of parameters and buffers are given fake stand-ins, and random state is left as it was.
 
     Args:
         root: The model, or the one module.
         nested: Trace the frames of children too.
         real: Run on real tensors, for a model that decides by the numbers in them.
         inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
+        grad: Whether the code runs with gradients enabled.
     """
 
     def __init__(
-        self, root: nn.Module, *, nested: bool = True, real: bool = False, inline: Iterable[str] = ()
+        self,
+        root: nn.Module,
+        *,
+        nested: bool = True,
+        real: bool = False,
+        inline: Iterable[str] = (),
+        grad: bool = True,
     ) -> None:
         self.root = root
         self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,22 +66,32 @@ class Recorder:
         self._nested = nested
         self._calling: Frame | None = None
         self._alive: list[Any] = []
+        self._grad = grad
+        self._of_children: set[tuple[str, tuple[int, ...]]] = set()
+        self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._names = {id(m): name for name, m in root.named_modules()}
         self._inline = {id(root.get_submodule(path)) for path in inline}
+
+    @property
+    def root_code(self) -> CodeType:
+        """The code that runs a frame's forward."""
+        return Recorder.trace.__code__
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Fake parameters, patched calls and saved random state, for the length of the block."""
         with ExitStack() as stack:
+            stack.enter_context(TRACING)
             # what the model warns of here it warns of again when it runs, there with the line that is to blame
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            stack.enter_context(random_kept())
+            stack.enter_context(silent())
+            stack.enter_context(random_kept(drawn=self.fake is None))
             stack.enter_context(quiet_fake_tensors())
             stack.enter_context(attributes_kept(self.root))
-            stack.enter_context(uncached(self.root))
-            self._stand_in_fakes()
-            stack.enter_context(torch.enable_grad())
+            self._outside = Outside(self.root)
+            stack.enter_context(self._outside.untouched())
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            # a first call may come under a checkpoint's hooks, which count what is saved
+            stack.enter_context(saved_tensors_hooks(_unchanged, _unchanged))
             if self.fake is not None:
                 stack.enter_context(self.fake)
             stack.enter_context(patched_modules(self))
@@ -81,18 +100,22 @@ class Recorder:
             stack.enter_context(FunctionsRecorded(self))
             yield
 
-    def _stand_in_fakes(self) -> None:
-        for module in self.root.modules():
-            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for tensors in stores:
-                for key, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[key] = self._stand_in(tensor)
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """What a parameter or buffer is in this run: always the same fake tensor or, `real`, the same copy."""
+        if id(tensor) in self._stand_ins:
+            return self._stand_ins[id(tensor)][1]
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        with self.unobserved():
+            made = self._like(tensor)
+        self._stand_ins[id(tensor)] = self._stand_ins[id(made)] = (tensor, made)
+        return made
 
-    def _stand_in(self, tensor: Tensor) -> Tensor:
+    def _like(self, tensor: Tensor) -> Tensor:
         if self.fake is not None:
             return self.fake.from_tensor(tensor)
-        return nn.Parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        copy = tensor.detach().clone()
+        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
     def example(self, tree: Any) -> Any:
         """`tree` with fake tensors like its own (or, `real`, copies of them) in their place; objects are copied.
@@ -102,7 +125,7 @@ class Recorder:
 
         def stand_in(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                return self._stand_in(leaf.detach())
+                return self._like(leaf.detach())
             # an object that the run may change is a copy too, with fake tensors in it
             return snapshot(leaf, stand_in) if is_object(leaf) else leaf
 
@@ -155,7 +178,7 @@ class Recorder:
         changes_lists = not _same_structure(given, (values, named))
         if self._nested and may_inline(module) and not proxy.node.meta["changes"]:
             child = self.frames[mark] if len(self.frames) > mark else None
-            if changes_lists or (child is not None and _belongs_to_caller(child, tracer.frame, proxy.node)):
+            if changes_lists or (child is not None and belongs_to_caller(child, tracer.frame, proxy.node)):
                 tracer.forget(proxy.node)
                 del self.frames[mark:]
                 self._inline.add(id(module))
@@ -163,14 +186,13 @@ class Recorder:
         if changes_lists:
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
         tracer.expected_random = python_random()  # what a child draws, it draws again when it runs
-        return proxy
+        return tracer.handed(proxy)
 
     def _run_inline(
         self, tracer: FrameTracer, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run a child's code as part of the frame being traced."""
-        training = module.training if "training" in names_in(type(module)) else None
-        tracer.guards.inlined[path] = Inlined(path, type(module), training, settings_of(module))
+        tracer.guards.inlined[path] = Inlined(path, type(module))
         attributes = Attributes(module)
         output = original_forward(module)(*args, **kwargs)
         if changed := attributes.changed():
@@ -183,8 +205,10 @@ class Recorder:
         frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
         self.tracing, self._calling = None, frame
         try:
-            if not self._nested or _is_plain(module):
+            if _is_plain(module):
                 return original_forward(module)(*args, **kwargs)
+            if not self._nested:
+                return self._untraced(module, args, kwargs)
             mark = len(self.frames)
             self.frames.append(frame)
             given = [leaf for leaf in tree_leaves((args, kwargs)) if is_object(leaf)]
@@ -202,9 +226,17 @@ class Recorder:
                 leaf.__dict__.update(
                     was.__dict__
                 )  # what the frame changed before it failed, it changes again
-            return original_forward(module)(*args, **kwargs)
+            return self._untraced(module, args, kwargs)
         finally:
             self.tracing, self._calling = outer
+
+    def _untraced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a module as it is, and remember what it changes outside: its caller's code has not done that."""
+        before = self._outside.changed()
+        try:
+            return original_forward(module)(*args, **kwargs)
+        finally:
+            self._of_children |= self._outside.changed() - before
 
     def trace(self, frame: Frame, args: Any, kwargs: Any) -> Any:
         """Trace one frame on example values; fills `frame` and returns the frame's value.
@@ -217,8 +249,6 @@ class Recorder:
         leaves, frame.guards.spec = tree_flatten((args, kwargs))
         frame.guards.constants = tuple(map(constant_for, leaves))
         frame.arguments = _argument_names(module, args, kwargs)
-        frame.guards.settings = settings_of(module)
-        frame.guards.training = module.training if "training" in names_in(type(module)) else None
         inputs = [
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)
@@ -227,20 +257,32 @@ class Recorder:
         given = tree_flatten((args, kwargs))
         attributes = Attributes(module)
         tracer.expected_random = python_random()
+        hidden = self._outside.hide_stand_ins()
+        before = self._outside.changed()
         self.tracing = tracer
         try:
             output = original_forward(module)(*args, **kwargs)
-        except BaseException:
-            attributes.put_back()
-            raise
         finally:
             self.tracing = None
+            if changed := attributes.changed():
+                # what it stored are stand-ins, which nothing that follows must find
+                attributes.put_back()
+            outside = self._outside.changed() - before - self._of_children
+            self._of_children |= outside
+            caches = self._outside.filled()
+            self._outside.hide_stand_ins()
+            for put_back in hidden:
+                put_back()
+            if not self._nested or may_be_planned(tracer.graph, module):
+                frame.guards.note_reads(module, caches)
         if not _same_structure(given, (args, kwargs)):
             raise TraceFailure("changes a list or dict that it is given")
-        if changed := attributes.changed():
-            # what it stored are proxies, which the run that follows must not find
-            attributes.put_back()
+        if changed:
             raise TraceFailure(f"stores a value on the module in forward: {', '.join(changed)}")
+        if outside:
+            raise TraceFailure(
+                f"changes what outlives the call: {', '.join(sorted({n for n, _ in outside}))}"
+            )
         _check_random(tracer)
         frame.guards.seal(leaves)
         output = tracer.fresh(output)
@@ -256,22 +298,8 @@ class Recorder:
         return tracer.unwrap(output)
 
 
-def _belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
-    """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
-    if child.graph is None or (joined := joined_arguments(child)) is None:
-        return False
-    leaves = tree_leaves((node.args, node.kwargs))
-
-    def given(placeholder: fx.Node) -> fx.Node | None:
-        leaf = leaves[int(str(placeholder.target)[len("input_") :])]
-        return seen_through(frame, leaf) if isinstance(leaf, fx.Node) else None
-
-    skip, others = given(joined[0]), [given(other) for other in joined[1]]
-    if skip is None or None in others:
-        return False
-    sources = ancestors(n for n in others if n is not None) | set(others)
-    # both may be the caller's own arguments: then it is for the frame above to say
-    return skip in sources or skip.op == "placeholder"
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _check_random(tracer: FrameTracer) -> None:

@@ -1,68 +1,18 @@
-"""Attributes, caches and random states as they were: running a model to look at it must not change it."""
+"""Running a model to look at it must leave it as it was: attributes and random states, noted and put back."""
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
-from contextlib import contextmanager
-from types import FunctionType
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
-
-_Cached = type(functools.lru_cache(len))
-
-
-@contextmanager
-def uncached(root: nn.Module) -> Iterator[None]:
-    """For the length of the block, functions of the model's source files compute what `lru_cache` would keep.
-
-    A table made while the model is looked at holds no numbers; found in the cache by the next real run, it would be
-    taken for one.
-    """
-    undo: list[Callable[[], None]] = []
-    files = {base.__module__ for module in root.modules() for base in type(module).__mro__}
-    for name in files:
-        if name.partition(".")[0] not in {"torch", "builtins"} and name in sys.modules:
-            _uncache(vars(sys.modules[name]), undo)
-    for cls in {base for module in root.modules() for base in type(module).__mro__}:
-        for key, value in list(vars(cls).items()):
-            if type(value) is _Cached:
-                undo.append(functools.partial(setattr, cls, key, value))
-                setattr(cls, key, value.__wrapped__)
-            elif isinstance(value, FunctionType):
-                _uncache_closure(value, undo)
-    try:
-        yield
-    finally:
-        for put_back in reversed(undo):
-            put_back()
-
-
-def _uncache(names: dict[str, Any], undo: list[Callable[[], None]]) -> None:
-    for key, value in list(names.items()):
-        if type(value) is _Cached:
-            undo.append(functools.partial(names.__setitem__, key, value))
-            names[key] = value.__wrapped__
-        elif isinstance(value, FunctionType):
-            _uncache_closure(value, undo)
-
-
-def _uncache_closure(function: FunctionType, undo: list[Callable[[], None]]) -> None:
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # a name that has no value yet
-            continue
-        if type(value) is _Cached:
-            undo.append(functools.partial(setattr, cell, "cell_contents", value))
-            cell.cell_contents = value.__wrapped__
 
 
 class Attributes:
@@ -97,8 +47,27 @@ class Attributes:
     def put_back(self) -> None:
         """Make it as it was."""
         for _, container, content in self._kept:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            if isinstance(container, list):
+                if len(container) != len(content) or any(
+                    a is not b for a, b in zip(container, content, strict=True)
+                ):
+                    container[:] = content
+            elif list(container) != list(content):
+                _put_back_keys(container, content)
+            else:
+                # never empty for a moment: another thread may be running the module
+                container.update({k: v for k, v in content.items() if container[k] is not v})
+
+
+def _put_back_keys(container: dict[Any, Any], content: dict[Any, Any]) -> None:
+    """A dict as it was, the order of its keys too, and those that it keeps always there."""
+    for key in container.keys() - content.keys():
+        del container[key]
+    container.update(content)
+    if list(container) != list(content):
+        for key, value in content.items():
+            del container[key]
+            container[key] = value
 
 
 def _entries(container: Any) -> dict[Any, Any]:
@@ -117,17 +86,32 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_kept() -> Iterator[None]:
-    """The generators of torch and Python as they were, whatever the block draws."""
-    state, python = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
+def random_kept(*, drawn: bool) -> Iterator[None]:
+    """The generators of Python, numpy and torch as they were, whatever the block draws.
+
+    Args:
+        drawn: Whether numbers are drawn of torch's generators too. On fake tensors none are; to put back what has
+            not moved would take away what another thread drew meanwhile.
+    """
+    numpy = sys.modules.get("numpy")
+    python, state = random.getstate(), numpy.random.get_state() if numpy else None
+    before = python_random()
+    devices = range(torch.cuda.device_count()) if drawn and torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices) if drawn else nullcontext():
+        try:
+            yield
+        finally:
+            if python_random() != before:
+                random.setstate(python)
+                if numpy:
+                    numpy.random.set_state(state)
 
 
 def python_random() -> Any:
     """The states of the generators that Python code decides by: Python's, and numpy's where it is loaded."""
     numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy.random.get_state()[1].tobytes() if numpy else None
+    if numpy is None:
+        return random.getstate(), None
+    _, words, position, *rest = numpy.random.get_state()
+    # one draw moves the position alone
+    return random.getstate(), (words.tobytes(), position, *rest)

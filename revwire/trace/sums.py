@@ -6,8 +6,9 @@ import operator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from revwire.pytree import tree_leaves
 from revwire.trace.graph import ancestors, seen_through
 
 if TYPE_CHECKING:
@@ -76,3 +77,27 @@ def _handed_on(total: fx.Node) -> bool:
         sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
         node = sources[0] if len(sources) == 1 and node.op != "placeholder" else None
     return node is total
+
+
+def may_be_planned(graph: fx.Graph, module: nn.Module) -> bool:
+    """Whether a frame may be rewritten: it adds something, or calls several children."""
+    calls = sum(node.op == "call_module" for node in graph.nodes)
+    return calls > 1 or any(map(is_addition, graph.nodes)) or isinstance(module, nn.Sequential)
+
+
+def belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
+    """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
+    if child.graph is None or (joined := joined_arguments(child)) is None:
+        return False
+    leaves = tree_leaves((node.args, node.kwargs))
+
+    def given(placeholder: fx.Node) -> fx.Node | None:
+        leaf = leaves[int(str(placeholder.target)[len("input_") :])]
+        return seen_through(frame, leaf) if isinstance(leaf, fx.Node) else None
+
+    skip, others = given(joined[0]), [given(other) for other in joined[1]]
+    if skip is None or None in others:
+        return False
+    sources = ancestors(n for n in others if n is not None) | set(others)
+    # both may be the caller's own arguments: then it is for the frame above to say
+    return skip in sources or skip.op == "placeholder"

@@ -19,13 +19,18 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
 from revwire.pytree import is_object, tree_leaves, tree_map
+from revwire.trace.code import is_foreign
+from revwire.trace.expected import HANDED, child_of, expected
 from revwire.trace.frame import Frame, TraceFailure, storage
 from revwire.trace.proxy import ValueProxy, updated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from types import FrameType
+    from types import CodeType, FrameType
+
+
+_READS_NUMBERS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
 
 
 class Computes(Protocol):
@@ -34,6 +39,10 @@ class Computes(Protocol):
     @property
     def order(self) -> Iterator[int]:
         """Numbers that grow with each operation that runs."""
+
+    @property
+    def root_code(self) -> CodeType:
+        """The code that runs a frame's forward."""
 
     def compute(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`function` on example values."""
@@ -65,9 +74,13 @@ class FrameTracer(TracerBase):
         return ValueProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        """Record a call and compute its example value."""
+        """Record a call and compute its example value; what code may test as it is comes as it is."""
         if kind not in {"call_function", "call_method"}:
             return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return self.handed(self.called(kind, target, args, kwargs))
+
+    def called(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """The proxy of a call's value."""
         args, kwargs = self.fresh((args, kwargs))
         values, keywords = self.unwrap((args, kwargs))
         function = target
@@ -82,6 +95,27 @@ class FrameTracer(TracerBase):
         proxy = self.record(kind, target, args, kwargs, value)
         self.note_changes(proxy.node, before)
         return proxy
+
+    def handed(self, proxy: Any) -> Any:
+        """What code gets for a value: itself where a child returned a None, a flag or a word, and it may be tested."""
+        if type(proxy) is not ValueProxy or not isinstance(proxy.value, HANDED):
+            return proxy
+        node = proxy.node
+        if node.meta["child"] is None and not (node.meta["of_object"] and proxy.value is None):
+            return proxy
+        self.expect(proxy)
+        return proxy.value
+
+    def expect(self, proxy: ValueProxy) -> None:
+        """Have the generated code check that a value which is no tensor is what it was when this was traced."""
+        node = proxy.node
+        if node.meta.get("expected"):
+            return
+        node.meta["expected"] = True
+        child = node.meta["child"]
+        self.record("call_function", expected, (proxy, proxy.value, child or node.name), {}, None)
+        if child is not None:
+            self.guards.expected.add(child)
 
     def fresh(self, tree: Any) -> Any:
         """A structure of arguments with each tensor known by the newest node that it is the value of.
@@ -133,16 +167,30 @@ class FrameTracer(TracerBase):
         name = "self_child" if target == "self" else None
         proxy: ValueProxy = super().create_proxy(kind, target, args, kwargs, name)  # type: ignore[assignment]
         order = next(self.recorder.order)
+        self.look()
         proxy.node.meta.update(line=_user_line(self.frame.module), order=order, changes=frozenset())
         self.give_value(proxy.node, value)
         return proxy
+
+    def look(self) -> None:
+        """Note whose code is running: all that is called between the frame's forward and here."""
+        ran = self.guards.ran
+        frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, whatever its name
+        while frame is not None and frame.f_code is not self.recorder.root_code:
+            code, held = frame.f_code, frame.f_globals
+            if id(code) not in ran and _is_of_model(held.get("__name__")):
+                ran[id(code)] = code, held
+            frame = frame.f_back
 
     def give_value(self, node: fx.Node, value: Any) -> None:
         """Make `value`, as it is now, the example value of `node`."""
         came = any(source.meta.get("of_object") for source in node.all_input_nodes) and not isinstance(
             value, Tensor
         )
-        node.meta.update(value=value, version=0, of_object=came or is_object(value))
+        # numbers read out of a tensor, of a run on real ones, are no constants of the code, as its sizes are
+        read = str(node.target) in _READS_NUMBERS or getattr(node.target, "__name__", "") in _READS_NUMBERS
+        node.meta.update(value=value, version=0, of_object=came or read or is_object(value))
+        node.meta["child"] = None if isinstance(value, Tensor) else child_of(node)
         if isinstance(value, Tensor):
             node.meta["version"] = value._version
             self._newest[id(value)] = node
@@ -181,6 +229,11 @@ class FrameTracer(TracerBase):
         if (path := self.paths.get(id(module))) is None:
             raise TraceFailure(f"reads {key!r} of a module outside of it")
         return self.record("get_attr", f"{path}.{key}" if path else key, (), {}, value)
+
+
+def _is_of_model(name: Any) -> bool:
+    """Whether code of a Python module is a model's, or of a module of torch's whose forward is called by name."""
+    return not is_foreign(name) or (name.startswith("torch.nn.modules.") and name != nn.Module.__module__)
 
 
 def _contexts() -> tuple[bool, ...]:

@@ -69,7 +69,7 @@ def test_a_call_that_cannot_be_traced_runs_the_original_and_says_so_once():
 
     x, net = inputs(), InTurn(Block(), Block()).double()
     wanted = net(x, True)
-    model = revwire.rewire(net, x)
+    model = revwire.rewire(net, x, fallback="original")
     with pytest.warns(
         UserWarning, match="runs the original forward: its forward decides by the numbers"
     ) as caught:
@@ -82,7 +82,7 @@ def test_a_call_that_cannot_be_traced_runs_the_original_and_says_so_once():
 
 def test_a_child_whose_code_is_part_of_its_caller_is_watched():
     """A hook, or another class, on a child whose forward is not called: the call says that it cannot be rewired."""
-    x, net = inputs(), revwire.rewire(post_norm().double().eval(), inputs())
+    x, net = inputs(), revwire.rewire(post_norm().double().eval(), inputs(), fallback="original")
     wanted = net(x)
     seen = []
     handle = net[1].output.register_forward_hook(lambda *_: seen.append(1))
