@@ -91,7 +91,7 @@ class Recorder:
             stack.enter_context(self._outside.untouched())
             stack.enter_context(torch.set_grad_enabled(self._grad))
             # a first call may come under a checkpoint's hooks, which count what is saved
-            stack.enter_context(saved_tensors_hooks(_unchanged, _unchanged))
+            stack.enter_context(saved_tensors_hooks(_without_history, _unchanged))
             if self.fake is not None:
                 stack.enter_context(self.fake)
             stack.enter_context(patched_modules(self))
@@ -296,6 +296,11 @@ class Recorder:
         drop_unused(tracer.graph)
         frame.graph = tracer.graph
         return tracer.unwrap(output)
+
+
+def _without_history(tensor: Tensor) -> Tensor:
+    # an operation that saved its own output as it is would hold itself, and all before it, for good
+    return tensor.detach()
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

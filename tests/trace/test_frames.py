@@ -1,10 +1,12 @@
 """Frames as people write them, in one forward or many: what a rewritten forward must reproduce."""
 
 import functools
+import gc
 import math
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import revwire
@@ -167,3 +169,18 @@ def test_cached_tables_are_none_of_planning_s():
     assert type(table(WIDTH, torch.float64)) is torch.Tensor
     revwire.plan(net, x)
     torch.testing.assert_close(net(x), wanted)
+
+
+def test_nothing_that_planning_computed_with_stays():
+    """A ReLU saves its own output: kept by a hook as it is, it would hold itself and the graph before it for good."""
+
+    class Net(Written):
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x).relu()
+            return x
+
+    model = revwire.rewire(Net(), inputs().float())
+    model(inputs().float()).sum().backward()
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is FakeTensor]
