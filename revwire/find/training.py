@@ -164,7 +164,7 @@ class _TrainingRecorder(Recorder):
     def _run(self, module: nn.Module, args: Any, kwargs: Any, caller: fx.Node | None) -> Any:
         if id(module) in self._wanted:
             return super()._run(module, args, kwargs, caller)
-        with self.unobserved():
+        with self.unobserved(), self.blamed_on_children():
             forward: Callable[..., Any] = original_forward(module)
             if self.fake is None or id(module) in self._around:
                 return forward(*args, **kwargs)

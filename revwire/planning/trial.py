@@ -224,8 +224,7 @@ class Trial:
             for t in (x, *sides)
         ]
         with torch.enable_grad():
-            with within:
-                out = self._run(inputs[0], inputs[1:])
+            out = self._run(inputs[0], inputs[1:], within)
             leaves = [
                 t for t in (*inputs, *self._module.parameters()) if isinstance(t, Tensor) and t.requires_grad
             ]
@@ -238,10 +237,11 @@ class Trial:
         x = torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
         return x, [_noise(side, generator, self._device) for side in self._sides]
 
-    def _run(self, x: Tensor, sides: list[Any]) -> Tensor:
+    def _run(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any] | None = None) -> Tensor:
         code = self._codes[self._module.training]
         # the same draws for all that is drawn, whatever the rates: what still comes out otherwise cannot be compared
-        with torch.random.fork_rng(), _made_in_float32(), Undropped():
+        # sliced attention is the innermost function mode, as where steps run: what it makes is no tensor to others
+        with torch.random.fork_rng(), _made_in_float32(), Undropped(), within or nullcontext():
             torch.manual_seed(0)
             if code.post is None:
                 # the slices of a sum come out alike where those of what is added do, and what is added tells it better

@@ -231,10 +231,15 @@ class Recorder:
             self.tracing, self._calling = outer
 
     def _untraced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a module as it is, and remember what it changes outside: its caller's code has not done that."""
+        with self.blamed_on_children():
+            return original_forward(module)(*args, **kwargs)
+
+    @contextmanager
+    def blamed_on_children(self) -> Iterator[None]:
+        """What the block changes outside of the model is not the doing of the code that called for it."""
         before = self._outside.changed()
         try:
-            return original_forward(module)(*args, **kwargs)
+            yield
         finally:
             self._of_children |= self._outside.changed() - before
 
