@@ -111,19 +111,13 @@ def probe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     Raises:
         RewireError: the model does not run on these inputs.
     """
-    training = [module for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
         recorder = _evaluated(model, args, kwargs)
     except Exception as error:
         raise RewireError(
             f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}; "
             "pass example_inputs that its forward takes"
         ) from error
-    finally:
-        for module in training:
-            module.training = True
     residuals: list[Residual] = []
     notes: list[tuple[str, str]] = []
     for frame in recorder.frames:
@@ -177,7 +171,7 @@ def _evaluated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, real: bool) -> Recorder:
-    recorder = Recorder(model, real=real)
+    recorder = Recorder(model, real=real, modes=dict.fromkeys(model.modules(), False))
     args, kwargs = recorder.example((args, kwargs))
     with recorder.recording():
         model(*args, **kwargs)

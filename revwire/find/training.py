@@ -149,8 +149,10 @@ class _NeedsNumbers(BaseException):
 class _TrainingRecorder(Recorder):
     """Traces the frames that hold residuals; what they call and is no such frame just runs, once for each kind."""
 
-    def __init__(self, evaluated: Recorder, wanted: set[str], *, real: bool) -> None:
-        super().__init__(evaluated.root, real=real)
+    def __init__(
+        self, evaluated: Recorder, wanted: set[str], modes: dict[nn.Module, bool], *, real: bool
+    ) -> None:
+        super().__init__(evaluated.root, real=real, modes=modes)
         self._inline = {
             id(f.module.get_submodule(path)) for f in evaluated.frames for path in f.guards.inlined
         }
@@ -240,43 +242,38 @@ def record_training(
         args: What the model is called with.
         kwargs: The same, by name.
     """
-    modes = [(module, module.training) for module in evaluated.root.modules()]
-    try:
-        for module, _ in modes:
-            module.training = True
-        found = _recorded(evaluated, wanted, args, kwargs)
-        if _too_few(found):
-            # one value a channel has no variance: in eval mode the norms return the same shapes
-            for module, _ in modes:
-                module.training = not isinstance(module, AnyBatchNorm)
-            found = _recorded(evaluated, wanted, args, kwargs)
+    modules = list(evaluated.root.modules())
+    found = _recorded(evaluated, wanted, (args, kwargs), dict.fromkeys(modules, True))
+    if not _too_few(found):
         return found
-    finally:
-        for module, training in modes:
-            module.training = training
+    # one value a channel has no variance: in eval mode the norms return the same shapes
+    modes = {module: not isinstance(module, AnyBatchNorm) for module in modules}
+    return _recorded(evaluated, wanted, (args, kwargs), modes)
 
 
-def _recorded(evaluated: Recorder, wanted: dict[str, Frame], args: Any, kwargs: Any) -> Training:
+def _recorded(
+    evaluated: Recorder, wanted: dict[str, Frame], inputs: tuple[Any, Any], modes: dict[nn.Module, bool]
+) -> Training:
     runs: list[Training] = []
     for real in (False, True) if evaluated.fake is not None else (True,):
-        runs.append(_run(evaluated, set(wanted), (args, kwargs), real=real))
+        recorder = _TrainingRecorder(evaluated, set(wanted), modes, real=real)
+        runs.append(_run(recorder, inputs))
         if runs[-1].failure is None or _too_few(runs[-1]):
             break
     found = next((run for run in runs if run.failure is None), runs[0])
     if missing := [frame for path, frame in wanted.items() if path not in found.frames]:
-        recorder = _TrainingRecorder(evaluated, set(wanted), real=evaluated.fake is None)
+        recorder = _TrainingRecorder(evaluated, set(wanted), modes, real=evaluated.fake is None)
         with recorder.recording():
             found = replace(found, alone={frame.path: [recorder.alone(frame)] for frame in missing})
     return found
 
 
-def _run(evaluated: Recorder, wanted: set[str], inputs: tuple[Any, Any], *, real: bool) -> Training:
-    recorder = _TrainingRecorder(evaluated, wanted, real=real)
+def _run(recorder: _TrainingRecorder, inputs: tuple[Any, Any]) -> Training:
     failure = None
     args, kwargs = recorder.example(inputs)
     with recorder.recording():
         try:
-            evaluated.root(*args, **kwargs)
+            recorder.root(*args, **kwargs)
         except _NeedsNumbers:
             failure = "it decides by the numbers in a tensor"
         except Exception as error:  # noqa: BLE001 - targets that training wants, code that only takes real tensors

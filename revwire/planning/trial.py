@@ -240,7 +240,7 @@ class Trial:
     def _run(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any] | None = None) -> Tensor:
         code = self._codes[self._module.training]
         # the same draws for all that is drawn, whatever the rates: what still comes out otherwise cannot be compared
-        # sliced attention is the innermost function mode, as where steps run: what it makes is no tensor to others
+        # sliced attention comes first, as where steps run: what it makes is no tensor to the other modes
         with torch.random.fork_rng(), _made_in_float32(), Undropped(), within or nullcontext():
             torch.manual_seed(0)
             if code.post is None:

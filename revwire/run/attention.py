@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from revwire._torch import is_traceable_wrapper_subclass
+from revwire._torch import function_modes, is_traceable_wrapper_subclass, swapped_function_modes
 from revwire.errors import ReplayError
 from revwire.pytree import tree_map
 from revwire.run.ambient import autocast_now
@@ -64,10 +64,9 @@ class SlicedAttention(TorchFunctionMode):
         super().__init__()
         self.slices, self.name, self.always = slices, name, always
         self.run, self.reused = 0, False
-        self._paused = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._paused or any(isinstance(a, Scores) for a in args):
+        if any(isinstance(a, Scores) for a in args):
             return function(*args, **(kwargs or {}))
         return self.call(function, args, kwargs or {})
 
@@ -95,12 +94,9 @@ class SlicedAttention(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs in the block is no attention of the code's."""
-        was, self._paused = self._paused, True
-        try:
+        """What runs in the block is no attention of the code's, nor is it where backward runs it again."""
+        with swapped_function_modes([mode for mode in function_modes() if mode is not self]):
             yield
-        finally:
-            self._paused = was
 
 
 class Scores(TensorLike):

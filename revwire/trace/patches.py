@@ -6,6 +6,7 @@ import functools
 import threading
 import warnings
 from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -18,7 +19,7 @@ from revwire.trace.frame import TraceFailure
 from revwire.trace.proxy import ValueProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from revwire.trace.tracer import FrameTracer
 
@@ -45,6 +46,7 @@ class Records(Protocol):
     """Who takes down what a model runs."""
 
     tracing: FrameTracer | None
+    modes: dict[int, bool]
 
     def stand_in(self, tensor: Tensor) -> Tensor:
         """What a module's own tensor is for the code that is recorded."""
@@ -79,15 +81,62 @@ class FunctionsRecorded(TorchFunctionMode):
         return tracer.record(kind, target, args, kwargs, value) if made else value
 
 
+class _Modes:
+    """`module.training` as the thread that records is to find it; others find it as it is."""
+
+    def __init__(self, recorder: Records) -> None:
+        self._recorder, self._thread = recorder, get_ident()
+
+    def __get__(self, module: nn.Module | None, owner: Any) -> Any:
+        if module is None:
+            raise AttributeError("training")
+        if get_ident() == self._thread and id(module) in self._recorder.modes:
+            return self._recorder.modes[id(module)]
+        held = module.__dict__
+        # a script module holds it elsewhere
+        return held["training"] if "training" in held else owner.__getattr__(module, "training")
+
+    def __set__(self, module: nn.Module, training: bool) -> None:
+        if get_ident() != self._thread:
+            module.__dict__["training"] = training
+            return
+        if self._recorder.tracing is not None and "training" in module.__dict__:  # else it is being made
+            raise TraceFailure("sets the mode of a module (train(), eval()) in forward")
+        if id(module) in self._recorder.modes:
+            self._recorder.modes[id(module)] = training
+        else:
+            module.__dict__["training"] = training
+
+
+@contextmanager
+def patched_modes(recorder: Records, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules are in the mode that `recorder` wants, for this thread: others may be running the same model."""
+    scripted = [(m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)]
+    for module, _ in scripted:  # their code asks nobody
+        module.training = recorder.modes.pop(id(module), module.training)
+    cls: Any = nn.Module
+    outer = vars(cls).get("training")
+    cls.training = _Modes(recorder)
+    try:
+        yield
+    finally:
+        if outer is None:
+            del cls.training
+        else:
+            cls.training = outer
+        for module, training in scripted:
+            module.training = training
+
+
 class _ThisThread:
     """In the place of a pattern of messages: matches all, of one thread."""
 
     def __init__(self) -> None:
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
 
     def match(self, _: str) -> bool:
         """Whether the thread that asks is the one."""
-        return threading.get_ident() == self._thread
+        return get_ident() == self._thread
 
 
 @contextmanager
@@ -105,16 +154,16 @@ def silent() -> Iterator[None]:
 @contextmanager
 def patched_modules(recorder: Records) -> Iterator[None]:
     """Module calls and reads of parameters go through `recorder`."""
-    call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, threading.get_ident()
+    call, getattribute, thread = nn.Module.__call__, nn.Module.__getattr__, get_ident()
 
     def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
+        if get_ident() != thread:
             return call(module, *args, **kwargs)
         return recorder.call(module, args, kwargs)
 
     def patched_getattr(module: nn.Module, key: str) -> Any:
         value = getattribute(module, key)
-        if threading.get_ident() != thread or not isinstance(value, Tensor):
+        if get_ident() != thread or not isinstance(value, Tensor):
             return value
         # handed out, not put into the module: other threads may be running it
         value = recorder.stand_in(value)
@@ -131,10 +180,10 @@ def patched_modules(recorder: Records) -> Iterator[None]:
 def patched_functions(recorder: Records) -> Iterator[None]:
     """What a frame's own code must not call: it cannot be recorded, and hands proxies to C++ code."""
     apply, start = torch.autograd.Function.__dict__["apply"], CheckpointFrame.__init__
-    thread = threading.get_ident()
+    thread = get_ident()
 
     def patched(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.tracing is not None and threading.get_ident() == thread:
+        if recorder.tracing is not None and get_ident() == thread:
             # a custom autograd.Function would dissolve into its forward
             raise TraceFailure(
                 f"calls the autograd.Function {cls.__name__} itself; in a module of its own it is fine"
@@ -142,7 +191,7 @@ def patched_functions(recorder: Records) -> Iterator[None]:
         return apply.__get__(None, cls)(*args, **kwargs)
 
     def patched_start(*args: Any, **kwargs: Any) -> None:
-        if recorder.tracing is not None and threading.get_ident() == thread:
+        if recorder.tracing is not None and get_ident() == thread:
             raise TraceFailure(
                 "calls torch.utils.checkpoint itself; a rewired chain does without, so turn it off"
             )

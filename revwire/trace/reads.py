@@ -174,7 +174,7 @@ class _Walk(Values):
         held = vars(module)
         d = self.variable(f"{at}.__dict__")
         if "training" in self.names:
-            self.demand(f"{d}['training'] is {held['training']}")
+            self.demand(f"{d}['training'] is {module.training}")
         if depth and self.mentions(_KINDS):
             kind = self.constant(kind_of(module))
             self.demand(f"type({at}) is {kind} or kind_of({at}) is {kind}")

@@ -23,14 +23,21 @@ from revwire.trace.frame import Frame, Identity, TraceFailure, identity, origina
 from revwire.trace.graph import drop_unused
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.outside import Outside
-from revwire.trace.patches import TRACING, FunctionsRecorded, patched_functions, patched_modules, silent
+from revwire.trace.patches import (
+    TRACING,
+    FunctionsRecorded,
+    patched_functions,
+    patched_modes,
+    patched_modules,
+    silent,
+)
 from revwire.trace.proxy import ValueProxy, answering_isinstance
 from revwire.trace.sandbox import Attributes, attributes_kept, python_random, random_kept
 from revwire.trace.sums import belongs_to_caller, may_be_planned
 from revwire.trace.tracer import FrameTracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import CodeType
 
 
@@ -46,6 +53,7 @@ class Recorder:
         real: Run on real tensors, for a model that decides by the numbers in them.
         inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
         grad: Whether the code runs with gradients enabled.
+        modes: The modules that the code is to find in another mode than they are in, with whether they train.
     """
 
     def __init__(
@@ -56,8 +64,10 @@ class Recorder:
         real: bool = False,
         inline: Iterable[str] = (),
         grad: bool = True,
+        modes: Mapping[nn.Module, bool] | None = None,
     ) -> None:
         self.root = root
+        self.modes = {id(module): training for module, training in (modes or {}).items()}
         self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self.frames: list[Frame] = []
         self.origins: dict[Identity, Identity] = {}
@@ -94,6 +104,7 @@ class Recorder:
             stack.enter_context(saved_tensors_hooks(_without_history, _unchanged))
             if self.fake is not None:
                 stack.enter_context(self.fake)
+            stack.enter_context(patched_modes(self, self.root.modules()))
             stack.enter_context(patched_modules(self))
             stack.enter_context(patched_functions(self))
             stack.enter_context(answering_isinstance())

@@ -4,6 +4,7 @@ import functools
 import gc
 import math
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -180,7 +181,31 @@ def test_nothing_that_planning_computed_with_stays():
                 x = x + layer(x).relu()
             return x
 
+    def living():
+        gc.collect()
+        return [o for o in gc.get_objects() if type(o) is FakeTensor]
+
+    others = living()
+    before = set(map(id, others))
     model = revwire.rewire(Net(), inputs().float())
     model(inputs().float()).sum().backward()
-    gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is FakeTensor]
+    assert not [tensor for tensor in living() if id(tensor) not in before]
+    del others
+
+
+def test_a_forward_that_sets_a_mode_is_no_graph():
+    """Norms frozen by the forward itself: a graph of it would leave them as the trainer has put them."""
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x):
+            self.norm.eval()
+            return x + self.norm(self.f(x)).tanh()
+
+    model = nn.Sequential(Frozen(), Frozen(), Frozen()).double()
+    with pytest.raises(revwire.RewireError, match="sets the mode"):
+        revwire.rewire(model, inputs())
+    assert all(module.training for module in model.modules())
