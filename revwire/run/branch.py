@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from revwire.run.options import Mode
+    from revwire.run.sample import Comparison
     from revwire.run.slices import Slices
 
 
@@ -167,7 +168,7 @@ class BranchRun:
 
     def again(
         self, current: Tensor, *, output: bool = True, error: float | None = 0.0
-    ) -> tuple[Tensor | None, dict[int, Tensor], float | Tensor]:
+    ) -> tuple[Tensor | None, dict[int, Tensor], Comparison | None]:
         """The same run, with grad.
 
         Args:
@@ -176,22 +177,22 @@ class BranchRun:
             error: The relative error of the input, None in an exact chain.
 
         Returns:
-            The output, None if it is not needed; the tensors that living tickets stand for, by index; and how far the
-            run's numbers are off, 0 if it was the same run (a tensor, on a device that runs ahead of Python).
+            The output, None if it is not needed; the tensors that living tickets stand for, by index; and the numbers
+            that tell whether it was the same run, if there are any.
         """
         count = 0
         saved: dict[int, Tensor] = {}
-        off: float | Tensor = 0.0
+        compared: Comparison | None = None
         # what is compared may be known by the output alone
         output = output or self._of_output is not None
 
         def collect(tensor: Tensor) -> Tensor | None:
-            nonlocal count, off
+            nonlocal count, compared
             if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
             ticket = self._ticket_for(count, tensor)
             if self._of_saved is not None and self._of_saved[0] == count:
-                off = self._of_saved[1].difference(tensor, error)
+                compared = self._of_saved[1].compared(self.branch.name, tensor, error)
             if ticket is not None:
                 saved[count] = tensor.detach()
             count += 1
@@ -203,12 +204,20 @@ class BranchRun:
             with saved_tensors_hooks(collect, _no_backward):
                 out = self._run(current, with_grad=True)
         except _Done:
-            return None, saved, off
+            return None, saved, compared
         if count != len(self._tickets):
             raise self._differs("saves fewer tensors")
-        if self._of_output is not None:
-            off = self._of_output.difference(out, error)
-        return out, saved, off
+        return out, saved, self._compared(out, error) if self._of_output else compared
+
+    def _compared(self, out: Any, error: float | None) -> Comparison | None:
+        if self._of_output is None:
+            return None
+        found, wanted = (out.dtype, out.shape), (self._of_output.dtype, self._of_output.shape)
+        if found != wanted:
+            raise self._differs(
+                f"returns a {found[0]} {tuple(found[1])} for a {wanted[0]} {tuple(wanted[1])}"
+            )
+        return self._of_output.compared(self.branch.name, out, error)
 
     def _ticket_for(self, index: int, tensor: Tensor) -> Ticket | None:
         """The ticket that a tensor saved again stands for, None if nobody has it any more."""
@@ -219,10 +228,10 @@ class BranchRun:
             raise self._differs(f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}")
         return ticket()
 
-    def output_again(self, current: Tensor, error: float | None = 0.0) -> tuple[Tensor, float | Tensor]:
-        """The output of the same run, without grad, and how far its numbers are off."""
+    def output_again(self, current: Tensor, error: float | None = 0.0) -> tuple[Tensor, Comparison | None]:
+        """The output of the same run, without grad, and the numbers that tell whether it was the same."""
         out = self._run(current, with_grad=False)
-        return out, 0.0 if self._of_output is None else self._of_output.difference(out, error)
+        return out, self._compared(out, error)
 
     def check_unchanged(self) -> None:
         """See to it that a run again runs on what the first one ran on.

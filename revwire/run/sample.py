@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from revwire._torch import only_shapes, wraps_others
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
 SIZE = 64
@@ -31,8 +34,28 @@ _UNTELLING = 0.5
 """Where that comes to more, nothing can be told."""
 _EXACT = 8.0
 """In an exact chain inputs are the same to the bit; kernels may still add up in another order, by so many roundings."""
+_SINGLE = torch.finfo(torch.float32).eps
 _FEW, _SOME = 16, 4
 """One in so many numbers may be another altogether, in float32 and in lower precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same numbers of both runs of a step, to be looked at when the backward is over.
+
+    Attributes:
+        step: What messages call it.
+        first: Those of the first run.
+        second: Those of the second.
+        bound: By how much of their size they may differ.
+        allowed: How many of them may be others altogether.
+    """
+
+    step: str
+    first: Tensor
+    second: Tensor
+    bound: float
+    allowed: int
 
 
 class Sample:
@@ -43,35 +66,49 @@ class Sample:
         precision: The epsilon of the lowest precision that it was computed in.
     """
 
-    __slots__ = ("numbers", "precision")
+    __slots__ = ("dtype", "numbers", "precision", "shape")
 
     def __init__(self, tensor: Tensor, precision: float) -> None:
         self.numbers, self.precision = _take(tensor), precision
+        self.shape, self.dtype = tensor.shape, tensor.dtype
 
-    def difference(self, tensor: Tensor, error: float | None) -> float | Tensor:
-        """How far the same numbers of another tensor are off, relative to their size; 0 where that can be rounding.
+    def compared(self, step: str, tensor: Tensor, error: float | None) -> Comparison | None:
+        """The same numbers of what the second run of a step computed; None where they could tell nothing.
 
         Args:
-            tensor: What the second run computed.
+            step: What messages call it.
+            tensor: What the second run computed, of the same shape and dtype.
             error: The relative error of its input that is expected; None where there is none, in an exact chain.
-
-        Returns:
-            A number; on a device that runs ahead of Python a tensor, so that nothing waits for it.
         """
         bound = _bound(self.precision, error)
         if bound is None:
-            return 0.0
-        first, second = self.numbers, _take(tensor)
-        if first.device.type == "cpu":
-            worst = float(torch.dist(second, first, math.inf))
-            if not worst or worst * math.sqrt(len(first)) <= bound * float(torch.linalg.vector_norm(first)):
-                return 0.0
-        return _judged(first, second, bound, allowed=self._allowed(error))
+            return None
+        few = 0 if error is None else _FEW if self.precision <= _SINGLE else _SOME
+        return Comparison(step, self.numbers, _take(tensor), bound, few and len(self.numbers) // few)
 
-    def _allowed(self, error: float | None) -> int:
-        if error is None:
-            return 0
-        return len(self.numbers) // (_FEW if self.precision <= torch.finfo(torch.float32).eps else _SOME)
+
+@torch.no_grad()
+def differing(compared: Sequence[Comparison]) -> Iterator[tuple[str, float]]:
+    """The steps whose runs were not the same, each with how far its numbers are off, relative to their size.
+
+    All are looked at in one go, so that no step waits for its device.
+    """
+    alike: dict[tuple[Any, ...], list[Comparison]] = {}
+    for each in compared:
+        alike.setdefault((len(each.first), each.first.dtype, each.first.device), []).append(each)
+    for group in alike.values():
+        wide = torch.promote_types(group[0].first.dtype, torch.float32)
+        first, second = (
+            torch.stack(ts).to(wide) for ts in zip(*((c.first, c.second) for c in group), strict=True)
+        )
+        bound, allowed = first.new_tensor([(c.bound, c.allowed) for c in group]).unbind(1)
+        size = first.nan_to_num(0, 0, 0).square().mean(1).sqrt()
+        apart = (second - first).abs()
+        same = (apart <= (bound * size)[:, None]) | (first == second) | (first.isnan() & second.isnan())
+        farthest = apart.nan_to_num(torch.inf, torch.inf).where(~same, 0.0).amax(1) / size.clamp_min(1e-30)
+        for each, off in zip(group, farthest.where((~same).sum(1) > allowed, 0.0).tolist(), strict=True):
+            if off:
+                yield each.step, off
 
 
 def can_sample(tensor: Tensor) -> bool:
@@ -88,24 +125,12 @@ def _bound(precision: float, error: float | None) -> float | None:
     return bound if bound < _UNTELLING else None
 
 
-def _judged(first: Tensor, second: Tensor, bound: float, *, allowed: int) -> float | Tensor:
-    first, second = first.float(), second.float()
-    size = first.nan_to_num(0, 0, 0).square().mean().sqrt()
-    apart = (second - first).abs()
-    same = (apart <= bound * size) | (first == second) | (first.isnan() & second.isnan())
-    other = ~same
-    off = torch.where(other, apart.nan_to_num(torch.inf, torch.inf), 0.0).max() / size.clamp_min(1e-30)
-    told = torch.where(other.sum() > allowed, off, torch.zeros_like(off))
-    return float(told) if told.device.type == "cpu" else told
-
-
 def _take(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.take(tensor.detach(), _places(tensor.numel(), str(tensor.device)))
+    return torch.take(tensor.detach(), _places(tensor.numel(), tensor.device))
 
 
 @functools.lru_cache(maxsize=512)
-def _places(count: int, device: str) -> Tensor:
+def _places(count: int, device: torch.device) -> Tensor:
     """Evenly spread places among `count`; an odd distance, so that they fall on other channels and tokens each time."""
     with torch.inference_mode(False):
         size = min(SIZE, count)

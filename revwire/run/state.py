@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from operator import is_
+from operator import is_, itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
 _INTERNAL = frozenset(nn.Module().__dict__)
-_HOOKS = tuple(
-    key for key in _INTERNAL if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+_hooks_of = itemgetter(
+    *(key for key in _INTERNAL if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
 )
 _ATOMS = frozenset(
     {
@@ -50,6 +51,8 @@ _ATOMS = frozenset(
     }
     | {FunctionType, BuiltinFunctionType, MethodType, ModuleType}
 )
+_PLAIN_ATTRIBUTES: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""What modules held when they were noted last, of those that hold nothing that could change but by being replaced."""
 _COPYABLE = 2**16
 """Numbers in a tensor that is a mere attribute, up to which it is copied; a larger one may not change."""
 _MOST = 4096
@@ -147,8 +150,8 @@ class ModuleState:
 
     def _put_back_hooks(self, stack: ExitStack) -> None:
         """Take off the hooks of modules that had none of the kind; those that had some are noted as containers."""
-        for hooks in self._bare:
-            if hooks:
+        if any(self._bare):
+            for hooks in filter(None, self._bare):
                 swap(hooks, {}, stack)
 
     def _note_module(self, module: nn.Module) -> None:
@@ -156,14 +159,16 @@ class ModuleState:
             self._note_scripted(module)
             return
         own = module.__dict__
-        if self._note(own, type(module)) is not None:
-            # a module is there as long as its model, so its own attributes may be held
-            self._contents.append((own, self._replaced.pop(id(own))))
-        for hooks in map(own.__getitem__, _HOOKS):
-            if hooks:
-                self._content(hooks, dict(hooks))
-            else:
-                self._bare.append(hooks)
+        self._note_attributes(module, own)
+        every = _hooks_of(own)
+        if any(every):
+            for hooks in every:
+                if hooks:
+                    self._content(hooks, dict(hooks))
+                else:
+                    self._bare.append(hooks)
+        else:
+            self._bare += every
         if children := module._modules:
             self._content(children, children.copy())
         if parameters := module._parameters:
@@ -175,6 +180,17 @@ class ModuleState:
             else:
                 # the statistics of a norm move with every forward in training, and say so to nobody
                 self._note_tensors(buffers, type(module), copied=True, moving=norm)
+
+    def _note_attributes(self, module: nn.Module, own: dict[str, Any]) -> None:
+        known = _PLAIN_ATTRIBUTES.get(module)
+        if known is not None and same(own, known):
+            self._content(own, known)
+            return
+        if self._note(own, type(module)) is not None:
+            # a module is there as long as its model, so its own attributes may be held
+            self._contents.append((own, self._replaced.pop(id(own))))
+        elif all(_is_atom(value) for key, value in own.items() if key not in _INTERNAL):
+            _PLAIN_ATTRIBUTES[module] = dict(own)
 
     def _note_scripted(self, module: torch.jit.ScriptModule) -> None:
         for name, parameter in module.named_parameters(recurse=False):
@@ -291,6 +307,10 @@ class ModuleState:
         if all(map(is_, cleaned, value)) or type(value) is not tuple:
             return value
         return tuple(cleaned)
+
+
+def _is_atom(value: Any) -> bool:
+    return type(value) in _ATOMS or (type(value) is tuple and all(map(_is_atom, value)))
 
 
 def reached(modules: Iterable[nn.Module]) -> list[nn.Module]:

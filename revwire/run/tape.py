@@ -32,6 +32,7 @@ from revwire.errors import ReplayError
 from revwire.run.branch import BACKWARD_INSIDE, WHY, BranchRun, epsilon
 from revwire.run.kept import Kept
 from revwire.run.reconstruct import Reconstruction
+from revwire.run.sample import differing
 
 if TYPE_CHECKING:
     import weakref
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from revwire.run.branch import Branch
     from revwire.run.reconstruct import Inverse
+    from revwire.run.sample import Comparison
     from revwire.run.watch import Watch
 
 Pair = tuple[Tensor, Tensor]
@@ -49,21 +51,36 @@ class Pass:
     """What one backward pass has reconstructed so far, by the position of the link that did it.
 
     Attributes:
+        alone: Whether somebody looks at one saved tensor, outside of any backward.
         pairs: What a link's second run handed to the step before it.
         opened: The links some of whose runs are done again, others not yet.
         saved: The tensors that a run saved again and that its tickets have not fetched yet, by link and run.
         ages: How many steps were taken back to get at a link's pair.
-        told: What a device that runs ahead will say of the second runs: step, and how far its numbers are off.
+        compared: Numbers of both runs of each step, looked at when the pass ends.
     """
 
-    __slots__ = ("__weakref__", "ages", "opened", "pairs", "saved", "told")
+    __slots__ = ("__weakref__", "ages", "alone", "compared", "opened", "pairs", "saved")
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
+        self.alone = alone
         self.pairs: dict[int, Pair] = {}
         self.opened: dict[int, Reconstruction] = {}
         self.saved: dict[tuple[int, int], dict[int, Tensor]] = {}
         self.ages: dict[int, int] = {}
-        self.told: list[tuple[str, Tensor]] = []
+        self.compared: list[Comparison] = []
+
+    def end(self) -> None:
+        """See to it that all second runs were the first ones again.
+
+        Raises:
+            ReplayError: one gave other numbers.
+        """
+        for step, off in differing(self.compared):
+            raise ReplayError(
+                f"{step}: run again in backward, the branch gives other numbers than in forward ({off:.1g} of their "
+                f"size apart), {WHY}. If it is meant to give others, exclude= the block; rewire(..., check=False) does "
+                "not look"
+            )
 
 
 class Tape:
@@ -85,29 +102,12 @@ class Tape:
         """The pass for the backward that this thread runs; a throw-away one outside of any."""
         number = backward_pass()
         if number == -1:
-            return Pass()
+            return Pass(alone=True)
         if number not in self.passes:
             passes = self.passes
             passes[number] = Pass()
-            at_end_of_backward(lambda: _ended(passes.pop(number)))
+            at_end_of_backward(lambda: passes.pop(number).end())
         return self.passes[number]
-
-
-def _ended(over: Pass) -> None:
-    """Hear what a device has said of the second runs of a pass, now that it is done."""
-    if over.told:
-        for (step, _), off in zip(
-            over.told, torch.stack([off for _, off in over.told]).tolist(), strict=True
-        ):
-            if off:
-                raise _another_run(step, off)
-
-
-def _another_run(step: str, off: float) -> ReplayError:
-    return ReplayError(
-        f"{step}: run again in backward, the branch gives other numbers than in forward ({off:.1g} of their size "
-        f"apart), {WHY}. If it is meant to give others, exclude= the block; rewire(..., check=False) does not look"
-    )
 
 
 class Link:
@@ -192,6 +192,8 @@ class Link:
             self.tape.watch.settle()
         if (self.position, run) not in now.saved:
             now.saved[self.position, run] = self.run_again(now, run)
+            if now.alone:
+                now.end()
         try:
             return now.saved[self.position, run].pop(index)
         except KeyError:
@@ -212,8 +214,9 @@ class Link:
             self._open(now, last=True)
         opened = now.opened[self.position]
         x, error = opened.input_of(run), self._error(opened)
-        out, saved, off = self.runs[run].again(x, output=self._reconstructs, error=error)
-        self._judge(now, off)
+        out, saved, compared = self.runs[run].again(x, output=self._reconstructs, error=error)
+        if compared is not None:
+            now.compared.append(compared)
         self._done(now, opened, run, out)
         return saved
 
@@ -223,8 +226,9 @@ class Link:
         for run in sorted(opened.waiting):
             out = None
             if self._reconstructs:
-                out, off = self.runs[run].output_again(opened.input_of(run), self._error(opened))
-                self._judge(now, off)
+                out, compared = self.runs[run].output_again(opened.input_of(run), self._error(opened))
+                if compared is not None:
+                    now.compared.append(compared)
             self._done(now, opened, run, out)
         if not self.runs:
             self._close(now, opened)
@@ -234,12 +238,6 @@ class Link:
         if self.tape.error_after is None or not opened.age:
             return None if self.tape.error_after is None else 0.0
         return self.tape.error_after(opened.age, epsilon(opened.current.dtype))
-
-    def _judge(self, now: Pass, off: float | Tensor) -> None:
-        if isinstance(off, Tensor):
-            now.told.append((self.branch.name, off))
-        elif off:
-            raise _another_run(self.branch.name, off)
 
     @property
     def _reconstructs(self) -> bool:

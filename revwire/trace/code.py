@@ -26,6 +26,7 @@ _FOREIGN = {"torch", "functorch", "numpy", "sympy", "builtins", "revwire", *sys.
 _ASKS = {"getattr", "hasattr"}
 _COMPUTES = {"vars", "__dict__", "dir", "attrgetter", "__getattribute__"}
 _IDENTITY = {code for name, code in opcode.opmap.items() if name == "IS_OP" or name.endswith("_NONE")}
+_MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 # the class made here may stand in front of the model's own
 _WRITTEN_BY_TORCH = (nn.Module, object)
 
@@ -50,9 +51,14 @@ class Bypass:
         return getattr(self.cached, name)
 
 
-def is_foreign(module: object) -> bool:
+def is_foreign(module: str | None) -> bool:
     """Whether what a module of this name holds is Python's or torch's own, and no part of a model."""
-    return not isinstance(module, str) or module.partition(".")[0] in _FOREIGN
+    return module is not None and module.partition(".")[0] in _FOREIGN
+
+
+def home(cls: type) -> str | None:
+    """Name of the module that a class is of; None for one that `exec` made in a namespace without a name."""
+    return None if cls.__module__ == "builtins" and cls.__flags__ & _MADE_IN_PYTHON else cls.__module__
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from revwire.pytree import is_object
-from revwire.trace.code import Bypass, Cached, functions_in, is_foreign, mentioned, owners
+from revwire.trace.code import Bypass, Cached, functions_in, home, is_foreign, mentioned, owners
 from revwire.trace.proxy import ValueProxy
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Outside:
         names = names - known
         known |= names
         for owner in owners(cls):
-            if is_foreign(owner.__module__):
+            if is_foreign(home(owner)):
                 continue
             for name in names & vars(owner).keys():
                 member = vars(owner)[name]
@@ -173,9 +173,9 @@ class Outside:
         elif isinstance(value, ModuleType | nn.Module):
             return
         elif isinstance(value, type):
-            if not is_foreign(value.__module__) and not issubclass(value, nn.Module | Enum):
+            if not is_foreign(home(value)) and not issubclass(value, nn.Module | Enum):
                 self._class(value, {n for owner in owners(value) for n in vars(owner)})
-        elif not is_foreign(type(value).__module__) and not isinstance(value, Enum):
+        elif not is_foreign(home(type(value))) and not isinstance(value, Enum):
             for key, held in list(getattr(value, "__dict__", {}).items()):
                 if _is_table(held) or type(held) is Cached:
                     self._found(held, key, functools.partial(vars(value).__setitem__, key))

@@ -231,9 +231,11 @@ class FrameTracer(TracerBase):
         return self.record("get_attr", f"{path}.{key}" if path else key, (), {}, value)
 
 
-def _is_of_model(name: Any) -> bool:
+def _is_of_model(name: str | None) -> bool:
     """Whether code of a Python module is a model's, or of a module of torch's whose forward is called by name."""
-    return not is_foreign(name) or (name.startswith("torch.nn.modules.") and name != nn.Module.__module__)
+    if name is None or not is_foreign(name):
+        return True
+    return name.startswith("torch.nn.modules.") and name != nn.Module.__module__
 
 
 def _contexts() -> tuple[bool, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revwire.trace.code import Bypass, Cached, entry_of, functions_in, is_foreign, owners
+from revwire.trace.code import Bypass, Cached, entry_of, functions_in, home, is_foreign, owners
 from revwire.trace.names import Names
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Values(Names):
             self.follow(function)
         if isinstance(value, ModuleType):
             self._library(value, constant, depth)
-        elif isinstance(value, type) and not is_foreign(value.__module__) and not issubclass(value, Enum):
+        elif isinstance(value, type) and not is_foreign(home(value)) and not issubclass(value, Enum):
             self.members(value, (), depth)
             if not issubclass(value, nn.Module):
                 for name in _CALLED:
@@ -159,7 +159,7 @@ class Values(Names):
         """What a class and its bases hold of the names mentioned; returns those names."""
         found, of_class = {"forward", *hidden}, list[str]()
         for owner in owners(cls):
-            torchs = is_foreign(owner.__module__)
+            torchs = is_foreign(home(owner))
             if torchs and not issubclass(owner, nn.Module):
                 continue  # an object of Python's own
             held = vars(owner)
@@ -185,7 +185,7 @@ class Values(Names):
     def appears(self, held: Iterable[str], places: list[str], cls: type) -> None:
         """Demand that what the code may ask for, and is not there, has not come."""
         if self.absent and (names := self.absent.difference(held, dir(cls))):
-            classes = [owner for owner in owners(cls) if not is_foreign(owner.__module__)]
+            classes = [owner for owner in owners(cls) if not is_foreign(home(owner))]
             self.lacks(names, places + [self.constant(vars(owner)) for owner in classes])
 
     def lacks(self, names: Iterable[str], places: list[str]) -> None:
@@ -237,7 +237,7 @@ class Values(Names):
             if hasattr(value, name):
                 self.visit(getattr(value, name), f"{at}.{name}", depth + 1)
         of_class: list[str] = []
-        if not is_foreign(cls.__module__):
+        if not is_foreign(home(cls)):
             self._called(cls)
             of_class = self.members(cls, [*(held or ()), *slots], depth + 1)
         if held is not None:
@@ -247,7 +247,7 @@ class Values(Names):
     def _called(self, cls: type) -> None:
         """Follow what Python calls of an object by itself."""
         for owner in owners(cls):
-            if not is_foreign(owner.__module__):
+            if not is_foreign(home(owner)):
                 for name, member in list(vars(owner).items()):
                     if name in _OPERATORS:
                         for function in functions_in(member):

@@ -9,6 +9,7 @@ from benchmarks.shared.step_measurement import Row
 from revwire.errors import RevwireError
 from revwire.measure.step import StepMemory
 from revwire.measure.timing import Timing
+from revwire.run.sample import SIZE
 from tests.helpers.commands import command_of, in_one_line, printed
 
 BLOCKS = {"two": 2, "four": 4, "nine": 9}
@@ -82,7 +83,7 @@ def command(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_program_prints_and_writes_that_a_rewired_block_costs_nothing(command, tmp_path):
+def test_the_program_prints_and_writes_that_a_rewired_block_costs_next_to_nothing(command, tmp_path):
     result = command("-d", "3", "-d", "2", "-b", "1", "--size", "32", "--rounds", "0")
     assert result.exit_code == 0, result.output
     assert "bytes per block" in result.output
@@ -94,7 +95,8 @@ def test_the_program_prints_and_writes_that_a_rewired_block_costs_nothing(comman
     found = read["bytes_per_block"]
     held = [row["held_bytes"] for row in read["rows"] if row["strategy"] == "checkpoint"]
     assert found["checkpoint"]["held"] == held[1] - held[0]
-    assert found["rewired"] == {"held": 0, "peak": 0}
+    # a block's two branches leave nothing but the few numbers that their second runs are compared with
+    assert found["rewired"] == {"held": 2 * SIZE * 4, "peak": 2 * SIZE * 4}
     assert found["plain"]["held"] > found["checkpoint"]["held"] > 0
 
 

@@ -37,8 +37,8 @@ def own_model():
 @pytest.fixture(scope="module")
 def rows():
     cases = [
-        Case("vit", tiny_vit, torch.randn(2, 3, 16, 16)),
-        Case("own", own_model, (torch.randn(8, 16),), loss_fn=torch.sum),
+        Case("vit", tiny_vit, torch.randn(8, 3, 16, 16)),
+        Case("own", own_model, (torch.randn(32, 16),), loss_fn=torch.sum),
         Case("no blocks", lambda: nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)),
     ]
     return run(cases, worth_measuring("cpu"), rounds=2)

@@ -423,3 +423,33 @@ def test_any_sequence_of_changes_is_followed(changes, which):
         for each in (original, model):
             apply[kind](each[which], 0.5 + i)
         torch.testing.assert_close(model(x), original(x), rtol=1e-10, atol=1e-10)
+
+
+def test_code_that_exec_ran_without_a_name_is_a_models():
+    """As an editor's cell or a template runs it: its functions are of no module, its classes of `builtins`."""
+    source = """
+from torch import nn
+
+GAIN = 1.0
+
+class Settings:
+    power = 1
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.settings = nn.Linear(6, 6), Settings()
+
+    def forward(self, x):
+        return x + GAIN * self.f(x).tanh() ** self.settings.power
+"""
+    made = {}
+    exec(source, made)  # noqa: S102 - above
+    original = nn.Sequential(*(made["Block"]() for _ in range(3))).double().eval()
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    model = revwire.rewire(copy.deepcopy(original), x, coupling="bdia").eval()
+    torch.testing.assert_close(model(x), original(x))
+    made["GAIN"] = 3.0
+    torch.testing.assert_close(model(x), original(x))
+    made["Settings"].power = 2
+    torch.testing.assert_close(model(x), original(x))
