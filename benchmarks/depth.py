@@ -5,8 +5,8 @@
 The same small vision transformer at several depths. What a strategy keeps for backward grows by so many bytes with
 each block: the slope of the least-squares line through its measured depths, for held and for peak bytes. The rewired
 model keeps the two streams at the end of its chain whatever the depth, and of each branch a few numbers that its
-second run is compared with, so its slope is next to nothing; that of torch's checkpoint is one tensor a block, that of a
-plain step everything autograd saves in one. What is counted, and how, is written into the result file
+second run is compared with, so its slope is next to nothing; that of torch's checkpoint is one tensor a block, that of
+a plain step everything autograd saves in one. What is counted, and how, is written into the result file
 (`step_report.METHOD`).
 """
 

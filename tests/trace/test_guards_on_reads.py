@@ -444,7 +444,7 @@ class Block(nn.Module):
         return x + GAIN * self.f(x).tanh() ** self.settings.power
 """
     made = {}
-    exec(source, made)  # noqa: S102 - above
+    exec(source, made)
     original = nn.Sequential(*(made["Block"]() for _ in range(3))).double().eval()
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     model = revwire.rewire(copy.deepcopy(original), x, coupling="bdia").eval()
