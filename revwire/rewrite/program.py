@@ -28,6 +28,7 @@ from revwire.rewrite.step import run_step
 from revwire.rewrite.variant import Variant
 from revwire.rewrite.wired import PROGRAM
 from revwire.run.recompute import run_again
+from revwire.run.state import Known
 from revwire.run.streams import is_streams, settle
 from revwire.trace.frame import Frame, TraceFailure, original_forward
 from revwire.trace.guards import Guards, is_input
@@ -76,17 +77,22 @@ class Program:
         self.inlined = frozenset(frame.guards.inlined)
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, Guards]] = []
+        self._known: dict[int, Known] = {}
         for each in (frame, *trained):
             self._add(each)
 
     def __getstate__(self) -> dict[str, Any]:
         # generated code is made again where the program is loaded, at the first call
-        return {**self.__dict__, "_variants": [], "_refused": []}
+        return {**self.__dict__, "_variants": [], "_refused": [], "_known": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         copy = object.__new__(Program)
         copy.__dict__.update(self.__getstate__(), _variants=list(self._variants))
         return copy
+
+    def known(self, step: Step) -> Known:
+        """What the modules of a step held when it ran last."""
+        return self._known.setdefault(step.residual, Known())
 
     @not_compiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

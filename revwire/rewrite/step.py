@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from revwire.experimental.overlap import OverlappedLink, can_overlap
 from revwire.find.branch_code import StepCode, owner_of
 from revwire.planning.slicing import mixes_now
+from revwire.rewrite.wired import PROGRAM
 from revwire.run.attention import SlicedAttention
 from revwire.run.branch import Branch
 from revwire.run.streams import Streams, as_tensor
@@ -62,12 +63,13 @@ def run_step(
     if not coupling.a:
         total, inner = code.block(module, as_tensor(trunk), *sides)
         return (total, *inner) if inner else total
-    modules = [module.get_submodule(path) for path in code.modules]
+    modules = [_child(module, path) for path in code.modules]
     owners = [owner_of(module, path) for path in code.own]
     slices = _slices_now(step, options, modules, trunk, sides)
     function = _attention_sliced(step, options, branch, 1 if slices is None else slices.count(trunk.shape))
     link_type = OverlappedLink if options.overlap and can_overlap(trunk.device) else Link
-    run = Branch(step.name, function, modules, owners, slices, step.mode, options.check)
+    known = module.__dict__[PROGRAM].known(step)
+    run = Branch(step.name, function, modules, owners, slices, step.mode, options.check, known)
     if not isinstance(trunk, Streams) or begins or not trunk.can_continue(coupling, options.exact):
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     replay = options.replay and not torch.compiler.is_exporting()
@@ -79,6 +81,13 @@ def run_step(
     handed = shared[0]
     shared[0] = ()
     return (following, *handed)
+
+
+def _child(module: nn.Module, path: str) -> nn.Module:
+    child: nn.Module | None = module
+    for name in path.split("."):
+        child = None if child is None else child._modules.get(name)
+    return module.get_submodule(path) if child is None else child
 
 
 def _slices_now(

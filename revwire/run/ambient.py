@@ -30,6 +30,11 @@ KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
 )
 
 
+def kernels() -> tuple[bool, ...]:
+    """Which of them may be used now."""
+    return tuple(allowed() for allowed, _ in KERNELS)
+
+
 @contextmanager
 def no_weight_cache() -> Iterator[None]:
     """For the length of the block, autocast does not hold on to the weights that it casts.
@@ -85,16 +90,8 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(found.all()) if hasattr(found, "all") else bool(found)
 
 
-def generators(device: torch.device, modules: Iterable[nn.Module]) -> list[RandomState]:
-    """The state of each generator that a branch may draw from; none on fake tensors.
-
-    Reading those of Python and numpy takes longer than the rest of a small branch, so they are read only where the
-    source files of its modules know them.
-
-    Args:
-        device: The device whose generator may be drawn from, beside the CPU's.
-        modules: What the branch calls.
-    """
+def torch_states(device: torch.device) -> list[RandomState]:
+    """The states of torch's own generators that a branch may draw from, the CPU's and the device's."""
     if only_shapes():
         return []
     states = [RandomState.now(torch.get_rng_state, torch.set_rng_state)]
@@ -105,13 +102,16 @@ def generators(device: torch.device, modules: Iterable[nn.Module]) -> list[Rando
                 lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
             )
         )
-    known = set[int]()
-    for kind in {type(module) for module in modules}:
-        for generator in _generators_of(kind):
-            if id(generator) not in known and (state := random_state(generator)) is not None:
-                known.add(id(generator))
-                states.append(state)
     return states
+
+
+def imported_generators(modules: Iterable[nn.Module]) -> list[Any]:
+    """The generators of Python and numpy that the code of modules may draw from.
+
+    Reading these takes longer than the rest of a small branch, so they are those that the source files of the modules'
+    classes know.
+    """
+    return [generator for kind in {type(module) for module in modules} for generator in _generators_of(kind)]
 
 
 _OF_CLASS: weakref.WeakKeyDictionary[type, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -151,38 +151,37 @@ def _drawn_from(value: Any) -> list[Any]:
         return [numpy.random.mtrand._rand]  # noqa: SLF001 - numpy has no other name for it
     if isinstance(value, BuiltinFunctionType | MethodType):
         value = value.__self__
+    return [value] if is_generator(value) else []
+
+
+def is_generator(value: object) -> bool:
+    """Whether a value is a random generator of torch's, Python's or numpy's."""
     kinds: tuple[Any, ...] = (torch.Generator, random.Random)
-    if numpy is not None:
+    if (numpy := sys.modules.get("numpy")) is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    return [value] if isinstance(value, kinds) else []
+    return isinstance(value, kinds)
 
 
-def random_state(value: Any) -> RandomState | None:
-    """The state of a random generator, None if the value is none."""
+def random_state(value: Any) -> RandomState:
+    """The state of a random generator."""
     if isinstance(value, torch.Generator):
         return RandomState.now(value.get_state, value.set_state)
     if isinstance(value, random.Random):
         return RandomState.now(value.getstate, value.setstate)
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    if isinstance(value, numpy.random.Generator):
+    if hasattr(value, "bit_generator"):
         bits = value.bit_generator
         return RandomState.now(lambda: bits.state, lambda state: setattr(bits, "state", state))
-    if isinstance(value, numpy.random.RandomState):
-        return RandomState.now(value.get_state, value.set_state)
-    return None
+    return RandomState.now(value.get_state, value.set_state)
 
 
-def autocast_now(device: torch.device) -> list[dict[str, Any]]:
-    """The arguments of the `torch.autocast` that would put autocast as it is now, for each kind of device concerned."""
-    kinds = dict.fromkeys(("cpu", device.type)) if device.type != "meta" else ("cpu",)
-    return [
-        {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-        for kind in kinds
-    ]
+def autocast_now(device: torch.device) -> tuple[tuple[str, torch.dtype, bool], ...]:
+    """Autocast as it is now, for each kind of device concerned: the kind, its dtype, whether it is on."""
+    kinds = ("cpu",) if device.type in {"cpu", "meta"} else ("cpu", device.type)
+    return tuple((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds)
+
+
+def as_autocast(state: tuple[tuple[str, torch.dtype, bool], ...]) -> Iterator[torch.autocast]:
+    """The contexts that make autocast what it was."""
+    cached = torch.is_autocast_cache_enabled()
+    for kind, dtype, enabled in state:
+        yield torch.autocast(kind, dtype, enabled, cache_enabled=cached)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from revwire._torch import function_modes, is_traceable_wrapper_subclass, swapped_function_modes
 from revwire.errors import ReplayError
 from revwire.pytree import tree_map
-from revwire.run.ambient import autocast_now
+from revwire.run.ambient import as_autocast, autocast_now
 from revwire.run.sliced_operations import Operand, Operation, SlicedOperations, Value, spans_of
 from revwire.run.tensor_like import TensorLike
 
@@ -158,8 +158,8 @@ class Scores(TensorLike):
             with ExitStack() as stack:
                 stack.enter_context(self._mode.paused())
                 stack.enter_context(torch.set_grad_enabled(self._grad))
-                for arguments in self._autocast:
-                    stack.enter_context(torch.autocast(**arguments))
+                for context in as_autocast(self._autocast):
+                    stack.enter_context(context)
                 if function is None:
                     assert value is not None
                     self.whole = value.reshape(self.shape)

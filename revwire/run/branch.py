@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from revwire.run.options import Mode
     from revwire.run.sample import Comparison
     from revwire.run.slices import Slices
+    from revwire.run.state import Known
 
 
 BACKWARD_INSIDE = "it runs a backward pass of its own inside forward, which cannot be run again"
@@ -45,6 +46,7 @@ class Branch:
         slices: How it is run slice by slice, None: all at once.
         mode: What the step holds for backward.
         check: Whether the numbers of the second run are compared with those of the first.
+        known: What the modules held when the step ran last.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Branch:
     slices: Slices | None = None
     mode: Mode = "reverse"
     check: bool = True
+    known: Known | None = None
 
 
 class Redeems(Protocol):
@@ -145,7 +148,7 @@ class BranchRun:
             return ticket
 
         name, own = self.branch.name, self.branch.own
-        seen = observe(name, self.branch.modules, own, x.device)
+        seen = observe(name, self.branch.modules, own, x.device, self.branch.known)
         with no_weight_cache(), seen as self.conditions, saved_tensors_hooks(drop, _redeem):
             out = self.branch.function(x, *sides)
         if x._version != version:

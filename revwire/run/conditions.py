@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import contextvars
 from contextlib import ExitStack, contextmanager
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from revwire._torch import GLOBAL_HOOKS, function_modes, swapped_function_modes
-from revwire.run.ambient import KERNELS, autocast_now, generators
+from revwire.run.ambient import KERNELS, as_autocast, autocast_now, kernels, torch_states
 from revwire.run.containers import same, swap
 from revwire.run.state import ModuleState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
     from revwire.run.ambient import RandomState
+    from revwire.run.state import Known
 
 
 class Conditions:
@@ -33,32 +35,38 @@ class Conditions:
         modules: The child modules that the branch calls.
         own: Tensors that the branch's code reads itself, as (owner, name).
         device: The device whose random state the branch may draw from, beside the CPU's.
+        known: What the modules held last.
     """
 
     __slots__ = (
-        "_ambient",
         "_autocast",
+        "_cached",
         "_context",
         "_device",
         "_hooks",
         "_kernels",
         "_modes",
         "_random",
+        "_settings",
         "_state",
     )
 
     def __init__(
-        self, modules: Sequence[nn.Module], own: Iterable[tuple[nn.Module, str]], device: torch.device
+        self,
+        modules: Sequence[nn.Module],
+        own: Sequence[tuple[nn.Module, str]],
+        device: torch.device,
+        known: Known | None = None,
     ) -> None:
         self._device = device
         self._context = contextvars.copy_context()
         self._modes = function_modes()
-        self._kernels = tuple(allowed() for allowed, _ in KERNELS)
-        self._autocast: list[dict[str, Any]] = autocast_now(device)
-        self._ambient = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-        self._hooks = [(hooks, dict(hooks)) for hooks in GLOBAL_HOOKS if hooks]
-        self._state = ModuleState(modules, own)
-        self._random: list[RandomState] = generators(device, self._state.modules)
+        self._kernels = kernels()
+        self._autocast, self._cached = autocast_now(device), torch.is_autocast_cache_enabled()
+        self._settings = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+        self._hooks = [dict(hooks) for hooks in GLOBAL_HOOKS] if any(GLOBAL_HOOKS) else None
+        self._state = ModuleState(modules, own, known)
+        self._random: list[RandomState] = torch_states(device)
 
     def settle(self, where: str) -> None:
         """See what the branch's forward, which is over, has moved.
@@ -89,7 +97,8 @@ class Conditions:
         Raises:
             ReplayError: something cannot be put back.
         """
-        with self.restored(where):
+        with ExitStack() as stack:
+            self._restore(where, stack)
             return self._context.copy().run(function)
 
     @contextmanager
@@ -99,46 +108,53 @@ class Conditions:
         Raises:
             ReplayError: something cannot be put back.
         """
-        self.check_unchanged(where)
         with ExitStack() as stack:
-            self._state.put_back(stack)
-            for hooks in GLOBAL_HOOKS:
-                content = next((noted for known, noted in self._hooks if known is hooks), {})
-                if (hooks or content) and not same(hooks, content):
-                    swap(hooks, content, stack)
-            for state in self._random:
-                stack.enter_context(state.restored())
-            if self._autocast != autocast_now(self._device):
-                for arguments in self._autocast:
-                    stack.enter_context(torch.autocast(**arguments))
-            for (allowed, allow), wanted in zip(KERNELS, self._kernels, strict=True):
-                if (now := allowed()) is not wanted:
-                    allow(wanted)
-                    stack.callback(allow, now)
-            self._put_back_ambient(stack)
-            if self._modes != function_modes():
-                stack.enter_context(swapped_function_modes(self._modes))
+            self._restore(where, stack)
             yield
 
-    def _put_back_ambient(self, stack: ExitStack) -> None:
-        dtype, precision = self._ambient
-        if (now := torch.get_default_dtype()) is not dtype:
-            torch.set_default_dtype(dtype)
-            stack.callback(torch.set_default_dtype, now)
-        if (then := torch.get_float32_matmul_precision()) != precision:
-            torch.set_float32_matmul_precision(precision)
-            stack.callback(torch.set_float32_matmul_precision, then)
+    def _restore(self, where: str, stack: ExitStack) -> None:
+        self.check_unchanged(where)
+        self._state.put_back(stack)
+        if self._hooks is not None or any(GLOBAL_HOOKS):
+            for hooks, noted in zip(GLOBAL_HOOKS, self._hooks or repeat({}), strict=False):
+                if not same(hooks, noted):
+                    swap(hooks, noted, stack)
+        for state in self._random:
+            stack.enter_context(state.restored())
+        if self._autocast != autocast_now(self._device):
+            for context in as_autocast(self._autocast):
+                stack.enter_context(context)
+        if self._kernels != kernels():
+            for (allowed, allow), wanted in zip(KERNELS, self._kernels, strict=True):
+                stack.callback(allow, allowed())
+                allow(wanted)
+        _put_back(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, self._cached, stack)
+        dtype, precision = self._settings
+        _put_back(torch.get_default_dtype, torch.set_default_dtype, dtype, stack)
+        _put_back(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision, stack)
+        if self._modes != function_modes():
+            stack.enter_context(swapped_function_modes(self._modes))
+
+
+def _put_back(get: Callable[[], Any], put: Callable[[Any], object], wanted: Any, stack: ExitStack) -> None:
+    if (now := get()) != wanted:
+        put(wanted)
+        stack.callback(put, now)
 
 
 @contextmanager
 def observe(
-    where: str, modules: Sequence[nn.Module], own: Iterable[tuple[nn.Module, str]], device: torch.device
+    where: str,
+    modules: Sequence[nn.Module],
+    own: Sequence[tuple[nn.Module, str]],
+    device: torch.device,
+    known: Known | None = None,
 ) -> Iterator[Conditions]:
     """Note the conditions that the block runs a branch under; the arguments are those of `Conditions`.
 
     Raises:
         ReplayError: the block changed a weight in place.
     """
-    conditions = Conditions(modules, own, device)
+    conditions = Conditions(modules, own, device, known)
     yield conditions
     conditions.settle(where)

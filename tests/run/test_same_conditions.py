@@ -7,7 +7,7 @@ backward, and without what puts conditions back: the check of the numbers alone 
 import contextvars
 import gc
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -127,6 +127,16 @@ class TensorInPlace(Branch):
     def factor(self, y):
         self.count += 1
         return y * self.count.clone()  # plain autograd would save the counter itself
+
+
+class TensorInTuple(Branch):
+    def __init__(self):
+        super().__init__()
+        self.state = (torch.zeros(1),)
+
+    def factor(self, y):
+        self.state[0].add_(1)
+        return y * self.state[0].clone()
 
 
 class BufferThroughData(Branch):
@@ -257,6 +267,41 @@ class HookRemoved(Branch):
         self.handle.remove()
 
 
+class HooksReplaced(HookRemoved):
+    def before_backward(self):
+        self.linear._forward_hooks = OrderedDict()
+
+
+class HookInOtherTable(Branch):
+    def before_backward(self):
+        self.linear._forward_hooks = OrderedDict()
+        self.linear.register_forward_hook(lambda _, __, out: out * 2)
+
+
+class KeyRenamed(Branch):
+    def __init__(self):
+        super().__init__()
+        self.table = {"strength": 2.0}
+
+    def before_backward(self):
+        self.table["other"] = self.table.pop("strength", 2.0)
+
+    def factor(self, y):
+        return y * self.table.get("strength", 1.0)
+
+
+class WeightReplaced(Branch):
+    def before_backward(self):
+        self.linear.weight = nn.Parameter(torch.zeros_like(self.linear.weight))
+
+
+class WeightTableReplaced(Branch):
+    def before_backward(self):
+        self.linear._parameters = {
+            k: nn.Parameter(2 * p.detach()) for k, p in self.linear._parameters.items()
+        }
+
+
 class ModeChanged(Branch):
     def before_backward(self):
         self.eval()
@@ -288,8 +333,9 @@ class DefaultDtype(Branch):
 KINDS = [
     Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData, BufferInsideData,
     FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator, AttributeSet,
-    MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, ModeChanged, ContextVariable,
-    FunctionMode, DefaultDtype,
+    MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced, HookInOtherTable,
+    KeyRenamed, WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode, DefaultDtype,
+    TensorInTuple,
 ]  # fmt: skip
 
 
