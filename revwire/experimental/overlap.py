@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from revwire.run.branch import Branch, BranchRun
+    from revwire.run.sample import Comparison
     from revwire.run.tape import Pass, Tape
 
 EXPERIMENTAL = (
@@ -62,11 +63,13 @@ class Ahead:
 
     Attributes:
         saved: What it saved for the tickets of its branch.
+        compared: Numbers of both runs: looked at only where somebody asks for what it saved.
     """
 
     def __init__(self, device: torch.device, held: tuple[Tensor, ...]) -> None:
         self._done: Any = None
         self.saved: dict[int, Tensor] = {}
+        self.compared: list[Comparison] = []
         self._device, self._held = device, held
         self._module = device_module(device)
         self._main = self._module.current_stream(device)
@@ -107,7 +110,11 @@ class OverlappedLink(Link):
     def run_again(self, now: Pass, run: int) -> dict[int, Tensor]:
         """What the run ahead saved, if there was one; then the step before starts its own."""
         ahead = self._join(now)
-        saved = super().run_again(now, run) if ahead is None else ahead.saved
+        if ahead is None:
+            saved = super().run_again(now, run)
+        else:
+            saved = ahead.saved
+            now.compared += ahead.compared
         self._ahead.pop(now, None)
         below = None if self.before is None else self.before()
         if isinstance(below, OverlappedLink) and backward_pass() != -1:
@@ -133,6 +140,7 @@ class OverlappedLink(Link):
             return
         if (self.position, 0) in now.saved or self.position in now.opened:
             return
+        asked = len(now.compared)
         ahead = Ahead(pair[0].device, pair if self._reconstructs else pair[:1])
         try:
             with ahead.running():
@@ -140,6 +148,8 @@ class OverlappedLink(Link):
         except ReplayError:
             # raised again when a ticket asks, if this backward asks for this step at all
             return
+        ahead.compared = now.compared[asked:]
+        del now.compared[asked:]
         self._ahead[now] = ahead
 
     def _join(self, now: Pass) -> Ahead | None:

@@ -8,11 +8,9 @@ with a history, a detached one is noted.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import deque
 from dataclasses import dataclass
-from itertools import chain
-from operator import is_, itemgetter, methodcaller
+from operator import is_, itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +19,15 @@ from torch import Tensor, nn
 
 from revwire._torch import AnyTrackingNorm, wraps_others
 from revwire.run.ambient import imported_generators, is_generator
-from revwire.run.containers import Part, is_plain_object, same, swap
+from revwire.run.containers import INTERNAL, Part, SameAttributes, SameDicts, is_plain_object, same, swap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from contextlib import ExitStack
 
-_INTERNAL = frozenset(nn.Module().__dict__)
 _hooks_of = itemgetter(
-    *(key for key in _INTERNAL if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
+    *(key for key in INTERNAL if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
 )
-_internal_of = itemgetter(*_INTERNAL)
-_values_of = methodcaller("values")
 _ATOMS = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type, range, slice}
     | {torch.dtype, torch.device, torch.Size}
@@ -104,12 +99,12 @@ class Contents:
             self._note_module(module)
         for owner, key in own:
             self._note_own(owner, key)
-        self._modules, self._dicts, self._others = _Modules(), _Dicts(), list[tuple[Any, Any]]()
+        self._modules, self._dicts, self._others = SameAttributes(), SameDicts(), list[tuple[Any, Any]]()
         attributes = {id(module.__dict__) for module in self.modules}
         for container, content in self._noted:
             if type(content) is not dict:
                 self._others.append((container, content))
-            elif id(container) in attributes:
+            elif id(container) in attributes and content.keys() >= INTERNAL:
                 self._modules.add(container, content)
             else:
                 self._dicts.add(container, content)
@@ -245,7 +240,7 @@ class Contents:
         self._content(container, content)
         entries: Iterable[tuple[Any, Any]]
         entries = container.items() if isinstance(container, dict) else enumerate(container)
-        internal = _INTERNAL if isinstance(container, dict) else ()
+        internal = INTERNAL if isinstance(container, dict) else ()
         history = False
         for key, value in entries:
             if type(value) in _ATOMS or key in internal:  # of most attributes there is nothing more to note
@@ -305,72 +300,6 @@ class Contents:
         if all(map(is_, cleaned, value)) or type(value) is not tuple:
             return value
         return tuple(cleaned)
-
-
-class _Modules:
-    """The attributes of modules, and what was noted of them."""
-
-    def __init__(self) -> None:
-        self._now: list[dict[str, Any]] = []
-        self._lengths: list[int] = []
-        self._internal: list[tuple[Any, ...]] = []
-        self._getters: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []
-        self._own: list[Any] = []
-
-    def add(self, now: dict[str, Any], noted: dict[str, Any]) -> None:
-        self._now.append(now)
-        self._lengths.append(len(noted))
-        self._internal.append(_internal_of(noted))
-        own = _own_of(tuple(noted))
-        self._getters.append(own)
-        self._own += own(noted)
-
-    def there(self) -> bool:
-        """Whether all hold the very objects that were noted, and equal tables of torch's own."""
-        now = self._now
-        if [*map(len, now)] != self._lengths:
-            return False
-        try:
-            if [*map(_internal_of, now)] != self._internal:
-                return False
-            own = chain.from_iterable(
-                get(attributes) for get, attributes in zip(self._getters, now, strict=True)
-            )
-            return all(map(is_, own, self._own))
-        except (KeyError, RuntimeError, ValueError):  # one is gone, or a table of tensors is another
-            return False
-
-
-class _Dicts:
-    """Other dicts, and what was noted of them."""
-
-    def __init__(self) -> None:
-        self._now: list[dict[Any, Any]] = []
-        self._lengths: list[int] = []
-        self._keys: list[Any] = []
-        self._values: list[Any] = []
-
-    def add(self, now: dict[Any, Any], noted: dict[Any, Any]) -> None:
-        self._now.append(now)
-        self._lengths.append(len(noted))
-        self._keys += noted
-        self._values += noted.values()
-
-    def there(self) -> bool:
-        """Whether all hold the very objects that were noted, in the same order."""
-        now = self._now
-        if [*map(len, now)] != self._lengths or [*chain.from_iterable(now)] != self._keys:
-            return False
-        return all(map(is_, chain.from_iterable(map(_values_of, now)), self._values))
-
-
-@functools.lru_cache(maxsize=4096)
-def _own_of(keys: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """What gets the attributes of these names that are no table of torch's own."""
-    own = [key for key in keys if key not in _INTERNAL]
-    if len(own) > 1:
-        return itemgetter(*own)
-    return (lambda held: (held[own[0]],)) if own else lambda _: ()
 
 
 def reached(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from revwire.pytree import tree_leaves
 from revwire.trace.guards import Guards
 
 if TYPE_CHECKING:
@@ -80,3 +82,15 @@ def storage(tensor: Tensor) -> int:
     """What a tensor and its views have in common."""
     base = tensor._base
     return id(tensor if base is None else base)
+
+
+def argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """For each leaf of `(args, kwargs)`, the parameter of `forward` that receives it."""
+    bound = inspect.signature(original_forward(module)).bind(*args, **kwargs)
+    names = {id(value): name for name, value in bound.arguments.items()}
+    for name, value in bound.arguments.items():
+        if isinstance(value, tuple | dict):
+            names.update((id(v), name) for v in (value.values() if isinstance(value, dict) else value))
+    return tuple(
+        names.get(id(top), "?") for top in (*args, *kwargs.values()) for _ in range(len(tree_leaves(top)))
+    )

@@ -7,7 +7,6 @@ fake stand-ins, hooks do not fire, attributes and random states are put back.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revwire._torch import FakeTensor, FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
-from revwire.trace.frame import Frame, Identity, TraceFailure, identity, original_forward
+from revwire.trace.frame import Frame, Identity, TraceFailure, argument_names, identity, original_forward
 from revwire.trace.graph import drop_unused
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.outside import Outside
@@ -264,7 +263,7 @@ class Recorder:
         tracer = FrameTracer(self, frame)
         leaves, frame.guards.spec = tree_flatten((args, kwargs))
         frame.guards.constants = tuple(map(constant_for, leaves))
-        frame.arguments = _argument_names(module, args, kwargs)
+        frame.arguments = argument_names(module, args, kwargs)
         inputs = [
             tracer.record("placeholder", f"input_{i}", (), {}, leaf) if is_input(leaf) else leaf
             for i, leaf in enumerate(leaves)
@@ -326,18 +325,6 @@ def _unchanged(tensor: Tensor) -> Tensor:
 def _check_random(tracer: FrameTracer) -> None:
     if tracer.expected_random != python_random():
         raise TraceFailure("draws Python random numbers to decide what to run")
-
-
-def _argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """For each leaf of `(args, kwargs)`, the parameter of `forward` that receives it."""
-    bound = inspect.signature(original_forward(module)).bind(*args, **kwargs)
-    names = {id(value): name for name, value in bound.arguments.items()}
-    for name, value in bound.arguments.items():
-        if isinstance(value, tuple | dict):
-            names.update((id(v), name) for v in (value.values() if isinstance(value, dict) else value))
-    return tuple(
-        names.get(id(top), "?") for top in (*args, *kwargs.values()) for _ in range(len(tree_leaves(top)))
-    )
 
 
 def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:

@@ -38,7 +38,7 @@ def own_model():
 def rows():
     cases = [
         Case("vit", tiny_vit, torch.randn(8, 3, 16, 16)),
-        Case("own", own_model, (torch.randn(32, 16),), loss_fn=torch.sum),
+        Case("own", own_model, (torch.randn(128, 16),), loss_fn=torch.sum),
         Case("no blocks", lambda: nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)),
     ]
     return run(cases, worth_measuring("cpu"), rounds=2)

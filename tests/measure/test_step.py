@@ -119,6 +119,7 @@ def block():
 def test_agrees_with_the_allocator_on_a_rewired_model(tmp_path):
     x = torch.randn(128, 64)
     model = revwire.rewire(nn.Sequential(*(block() for _ in range(8))), x)
+    model(x)  # which numbers of a trunk are looked at is worked out once
     measured = measure_step(model, x)
     held, peak = allocator_bytes(model, x, tmp_path / "trace.json")
     assert held - 64 <= measured.held <= held  # a number that meets a tensor becomes one without an operator
