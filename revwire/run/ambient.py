@@ -30,9 +30,13 @@ KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
 )
 
 
+_ALLOWED = tuple(allowed for allowed, _ in KERNELS)
+
+
 def kernels() -> tuple[bool, ...]:
     """Which of them may be used now."""
-    return tuple(allowed() for allowed, _ in KERNELS)
+    flash, efficient, math, cudnn = _ALLOWED
+    return flash(), efficient(), math(), cudnn()
 
 
 @contextmanager
@@ -176,8 +180,10 @@ def random_state(value: Any) -> RandomState:
 
 def autocast_now(device: torch.device) -> tuple[tuple[str, torch.dtype, bool], ...]:
     """Autocast as it is now, for each kind of device concerned: the kind, its dtype, whether it is on."""
-    kinds = ("cpu",) if device.type in {"cpu", "meta"} else ("cpu", device.type)
-    return tuple((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds)
+    on_cpu = "cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+    if (kind := device.type) in {"cpu", "meta"}:
+        return (on_cpu,)
+    return on_cpu, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
 def as_autocast(state: tuple[tuple[str, torch.dtype, bool], ...]) -> Iterator[torch.autocast]:

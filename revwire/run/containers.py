@@ -19,7 +19,10 @@ INTERNAL = frozenset(nn.Module().__dict__)
 """The attributes of every module: its mode, and torch's own tables of what it holds."""
 
 _MISSING = object()
-_internal_of = itemgetter(*INTERNAL)
+# what is done when weights are saved and loaded is no matter of a forward
+_internal_of = itemgetter(
+    *(key for key in INTERNAL if "state_dict" not in key and key != "_non_persistent_buffers_set")
+)
 _values_of = methodcaller("values")
 
 

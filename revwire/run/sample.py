@@ -102,8 +102,13 @@ def differing(compared: Sequence[Comparison]) -> Iterator[tuple[str, float]]:
             torch.stack(ts).to(wide) for ts in zip(*((c.first, c.second) for c in group), strict=True)
         )
         bound, allowed = first.new_tensor([(c.bound, c.allowed) for c in group]).unbind(1)
+        apart = second - first
+        # as a whole they are nearer than each may be: nothing more to look at
+        near = torch.linalg.vector_norm(apart, dim=1) * math.sqrt(first.shape[1])
+        if bool((near <= bound * torch.linalg.vector_norm(first, dim=1)).all()):
+            continue
+        apart = apart.abs_()
         size = first.nan_to_num(0, 0, 0).square().mean(1).sqrt()
-        apart = (second - first).abs()
         same = (apart <= (bound * size)[:, None]) | (first == second) | (first.isnan() & second.isnan())
         farthest = apart.nan_to_num(torch.inf, torch.inf).where(~same, 0.0).amax(1) / size.clamp_min(1e-30)
         for each, off in zip(group, farthest.where((~same).sum(1) > allowed, 0.0).tolist(), strict=True):

@@ -187,15 +187,16 @@ class Link:
 
     def redeem(self, run: int, index: int) -> Tensor:
         """The tensor that ticket `index` of a run stands for, in the backward pass that asks for it."""
-        now = self.tape.current()
-        if self.tape.watch is not None:
-            self.tape.watch.settle()
-        if (self.position, run) not in now.saved:
-            now.saved[self.position, run] = self.run_again(now, run)
+        tape = self.tape
+        now = tape.passes.get(backward_pass()) or tape.current()
+        if tape.watch is not None:
+            tape.watch.settle()
+        if (saved := now.saved.get((self.position, run))) is None:
+            saved = now.saved[self.position, run] = self.run_again(now, run)
             if now.alone:
                 now.end()
         try:
-            return now.saved[self.position, run].pop(index)
+            return saved.pop(index)
         except KeyError:
             raise ReplayError(
                 f"{self.branch.name}: a tensor saved in forward was fetched twice in one backward pass; an "
