@@ -1,0 +1,1 @@
+"""Random programs on random residual nets, against the same program with everything kept."""
