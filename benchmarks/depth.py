@@ -113,7 +113,8 @@ def plot(rows: Sequence[Row], blocks: Mapping[str, int], caption: str, path: Pat
         for name, style in (("held", "o-"), ("peak", "o--")):
             label = f"{strategy}, {name}"
             if strategy in per_block:
-                label += f": {per_block[strategy][name] / 2**10:,.0f} KiB a block"
+                kib = per_block[strategy][name] / 2**10
+                label += f": {kib:,.{0 if kib >= 10 else 1}f} KiB a block"
             heights = [getattr(memory, name) / _MIB for _, memory in measured]
             space.plot([depth for depth, _ in measured], heights, style, color=f"C{at}", label=label)
         time.plot([depth for depth, _ in timed], [s for _, s in timed], "o-", color=f"C{at}", label=strategy)
