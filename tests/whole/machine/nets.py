@@ -15,11 +15,14 @@ WIDTH, TOKENS = 6, 4
 class Feature(nn.Module):
     """What a branch does beside its linear layer; `strength` is a setting of the caller's.
 
-    `repeats`: whether it does the same once more, as torch's checkpoint has to take for granted.
+    `repeats`: whether it does the same once more, as torch's checkpoint has to take for granted. `lends`: whether, in
+    eval mode, its graph holds statistics that a later forward in training moves without a word: torch's own gradients
+    are wrong then (those of a rewired chain are not), and there is nothing to compare with.
     """
 
     strength = 1.0
     repeats = True
+    lends = False
 
     def forward(self, y):
         return y * self.strength
@@ -48,6 +51,7 @@ class DropPath(Feature):
 
 class BatchNorm(Feature):
     repeats = False
+    lends = True
 
     def __init__(self):
         super().__init__()
@@ -61,6 +65,7 @@ class OwnStatistics(Feature):
     """A norm on F.batch_norm, which moves its buffers without a word."""
 
     repeats = False
+    lends = True
 
     def __init__(self):
         super().__init__()

@@ -100,6 +100,10 @@ class Programs(RuleBasedStateMachine):
     def nothing_more(self):
         """revwire said that it cannot."""
 
+    @property
+    def lends(self):
+        return any(getattr(module, "lends", False) for module in self.models[0].modules())
+
     def both(self, work):
         """What `work(i, model)` returns for both copies, from the same random states."""
         TRIED["operations"] += 1
@@ -255,7 +259,7 @@ class Programs(RuleBasedStateMachine):
             near("gradient of the input", inputs[0].grad, inputs[1].grad)
         TRIED["gradients compared"] += 1
 
-    @precondition(lambda self: not self.over)
+    @precondition(lambda self: not self.over and not (self.pending and self.lends))
     @rule(data=st.data(), training=st.booleans())
     def mode(self, data, training):
         paths = [path for path, _ in self.models[0].named_modules() if path.count(".") < 4]
