@@ -170,14 +170,14 @@ class BranchRun:
             self._of_output = Sample(out, max(precision, epsilon(out.dtype)))
 
     def again(
-        self, current: Tensor, *, output: bool = True, error: float | None = 0.0
+        self, current: Tensor, *, output: bool = True, amplified: float | None = 1.0
     ) -> tuple[Tensor | None, dict[int, Tensor], Comparison | None]:
         """The same run, with grad.
 
         Args:
             current: The input, of the values of then.
             output: Whether the output is needed; if not, the run stops at the last tensor that it saves.
-            error: The relative error of the input, None in an exact chain.
+            amplified: How many times the rounding in the input has grown, None in an exact chain.
 
         Returns:
             The output, None if it is not needed; the tensors that living tickets stand for, by index; and the numbers
@@ -195,7 +195,7 @@ class BranchRun:
                 return tensor
             ticket = self._ticket_for(count, tensor)
             if self._of_saved is not None and self._of_saved[0] == count:
-                compared = self._of_saved[1].compared(self.branch.name, tensor, error)
+                compared = self._of_saved[1].compared(self.branch.name, tensor, amplified)
             if ticket is not None:
                 saved[count] = tensor.detach()
             count += 1
@@ -210,9 +210,9 @@ class BranchRun:
             return None, saved, compared
         if count != len(self._tickets):
             raise self._differs("saves fewer tensors")
-        return out, saved, self._compared(out, error) if self._of_output else compared
+        return out, saved, self._compared(out, amplified) if self._of_output else compared
 
-    def _compared(self, out: Any, error: float | None) -> Comparison | None:
+    def _compared(self, out: Any, amplified: float | None) -> Comparison | None:
         if self._of_output is None:
             return None
         found, wanted = (out.dtype, out.shape), (self._of_output.dtype, self._of_output.shape)
@@ -220,7 +220,7 @@ class BranchRun:
             raise self._differs(
                 f"returns a {found[0]} {tuple(found[1])} for a {wanted[0]} {tuple(wanted[1])}"
             )
-        return self._of_output.compared(self.branch.name, out, error)
+        return self._of_output.compared(self.branch.name, out, amplified)
 
     def _ticket_for(self, index: int, tensor: Tensor) -> Ticket | None:
         """The ticket that a tensor saved again stands for, None if nobody has it any more."""
@@ -231,10 +231,12 @@ class BranchRun:
             raise self._differs(f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}")
         return ticket()
 
-    def output_again(self, current: Tensor, error: float | None = 0.0) -> tuple[Tensor, Comparison | None]:
+    def output_again(
+        self, current: Tensor, amplified: float | None = 1.0
+    ) -> tuple[Tensor, Comparison | None]:
         """The output of the same run, without grad, and the numbers that tell whether it was the same."""
         out = self._run(current, with_grad=False)
-        return out, self._compared(out, error)
+        return out, self._compared(out, amplified)
 
     def check_unchanged(self) -> None:
         """See to it that a run again runs on what the first one ran on.

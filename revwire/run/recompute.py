@@ -67,6 +67,6 @@ def run_again(
 
 def _run_on(x: Tensor, sides: tuple[Any, ...], branch: Branch) -> Any:
     """A step without a chain: its input is kept, and reconstructed by nobody."""
-    link = Link(Tape(branch.name, lambda *_: 0.0), 0, branch, bottom=True)
+    link = Link(Tape(branch.name, noise=1.0), 0, branch, bottom=True)
     link.end = Kept(x, branch.name, "its input"), None
     return link.run(x, sides, drop=True)

@@ -224,7 +224,7 @@ class Streams(TensorLike):
         return self.link is not None and self.link.taken and backward_pass() != -1
 
     def _tape(self, chain: str) -> Tape:
-        return Tape(chain, self.coupling.error_after if self.grid is None else None)
+        return Tape(chain, self.coupling.noise if self.grid is None else None)
 
     def _link(self, branch: Branch, link_type: type[Link]) -> Link:
         before = self.link

@@ -22,6 +22,7 @@ run of a chain, a `Tape` that run, a `Pass` one backward through it, a `Reconstr
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from revwire._torch import at_end_of_backward, backward_pass
 from revwire.errors import ReplayError
-from revwire.run.branch import BACKWARD_INSIDE, WHY, BranchRun, epsilon
+from revwire.run.branch import BACKWARD_INSIDE, WHY, BranchRun
 from revwire.run.kept import Kept
 from revwire.run.reconstruct import Reconstruction
 from revwire.run.sample import differing
@@ -88,13 +89,13 @@ class Tape:
 
     Args:
         chain: Name of its first step.
-        error_after: From a number of steps and the rounding of one to the relative error of what they reconstruct.
+        noise: How many times a step of the inverse amplifies rounding; None where it makes none, in an exact chain.
     """
 
-    __slots__ = ("chain", "error_after", "passes", "watch")
+    __slots__ = ("chain", "noise", "passes", "watch")
 
-    def __init__(self, chain: str, error_after: Callable[[int, float], float] | None = None) -> None:
-        self.chain, self.error_after = chain, error_after
+    def __init__(self, chain: str, noise: float | None) -> None:
+        self.chain, self.noise = chain, noise
         self.passes: dict[int, Pass] = {}
         self.watch: Watch | None = None
 
@@ -214,8 +215,8 @@ class Link:
                 link.step_through(now)
             self._open(now, last=True)
         opened = now.opened[self.position]
-        x, error = opened.input_of(run), self._error(opened)
-        out, saved, compared = self.runs[run].again(x, output=self._reconstructs, error=error)
+        x, amplified = opened.input_of(run), self._amplified(opened)
+        out, saved, compared = self.runs[run].again(x, output=self._reconstructs, amplified=amplified)
         if compared is not None:
             now.compared.append(compared)
         self._done(now, opened, run, out)
@@ -227,18 +228,17 @@ class Link:
         for run in sorted(opened.waiting):
             out = None
             if self._reconstructs:
-                out, compared = self.runs[run].output_again(opened.input_of(run), self._error(opened))
+                out, compared = self.runs[run].output_again(opened.input_of(run), self._amplified(opened))
                 if compared is not None:
                     now.compared.append(compared)
             self._done(now, opened, run, out)
         if not self.runs:
             self._close(now, opened)
 
-    def _error(self, opened: Reconstruction) -> float | None:
-        """The relative error of what a second run is given; None where that is the same to the bit."""
-        if self.tape.error_after is None or not opened.age:
-            return None if self.tape.error_after is None else 0.0
-        return self.tape.error_after(opened.age, epsilon(opened.current.dtype))
+    def _amplified(self, opened: Reconstruction) -> float | None:
+        """How many times the rounding in what a second run is given has grown; None where there is none."""
+        noise = self.tape.noise
+        return noise if noise is None or noise == 1 else math.exp(min(50.0, opened.age * math.log(noise)))
 
     @property
     def _reconstructs(self) -> bool:
