@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.backends import cuda as sdp
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 import revwire
@@ -23,6 +25,7 @@ from revwire.run.conditions import Conditions
 from revwire.run.tape import Link
 
 WIDTH, DEPTH = 6, 4
+GLOBAL = []
 STRENGTH = contextvars.ContextVar("strength", default=1.0)
 
 
@@ -267,6 +270,13 @@ class HookRemoved(Branch):
         self.handle.remove()
 
 
+class GlobalHookAdded(Branch):
+    def before_backward(self):
+        GLOBAL.append(
+            register_module_forward_hook(lambda module, _, out: out * 2 if module is self.linear else None)
+        )
+
+
 class HooksReplaced(HookRemoved):
     def before_backward(self):
         self.linear._forward_hooks = OrderedDict()
@@ -334,8 +344,8 @@ KINDS = [
     Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData, BufferInsideData,
     FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator, AttributeSet,
     MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced, HookInOtherTable,
-    KeyRenamed, WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode, DefaultDtype,
-    TensorInTuple,
+    GlobalHookAdded, KeyRenamed, WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode,
+    DefaultDtype, TensorInTuple,
 ]  # fmt: skip
 
 
@@ -360,6 +370,12 @@ def everything_as_it_was():
     yield
     torch.set_default_dtype(torch.float32)
     STRENGTH.set(1.0)
+    forget_global_hooks()
+
+
+def forget_global_hooks():
+    while GLOBAL:
+        GLOBAL.pop().remove()
 
 
 def gradients(kind, keep=None, forwards=1, training=True, **options):
@@ -378,6 +394,7 @@ def gradients(kind, keep=None, forwards=1, training=True, **options):
         for branch in model.branches:
             branch.before_backward()
     found = torch.autograd.grad(total, parameters, allow_unused=True)
+    forget_global_hooks()
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
@@ -446,6 +463,41 @@ def test_afterwards_everything_is_as_the_caller_left_it():
     loss.backward()
     assert (model.branches[0].strength, model.branches[1].extra) == (7.0, [1, 2])
     assert model.branches[2]._modules == children
+
+
+def settings():
+    autocast = (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_cache_enabled(),
+    )
+    precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    return *autocast, *precision, sdp.flash_sdp_enabled(), sdp.math_sdp_enabled()
+
+
+def test_the_settings_of_the_process_are_those_of_the_forward_and_come_back():
+    seen, x = [], torch.randn(5, WIDTH)
+    model = revwire.rewire(Net(Branch), x)
+    for branch in model.branches:
+        branch.linear.register_forward_hook(lambda *_: seen.append(settings()))
+    was = settings()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        sdp.enable_flash_sdp(enabled=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().sum()
+        torch.set_float32_matmul_precision("highest")
+        sdp.enable_flash_sdp(enabled=True)
+        sdp.enable_math_sdp(enabled=False)
+        between = settings()
+        loss.backward()
+        assert settings() == between
+    finally:
+        torch.set_float32_matmul_precision(was[4])
+        sdp.enable_flash_sdp(enabled=was[5])
+        sdp.enable_math_sdp(enabled=was[6])
+    assert len(seen) == 2 * DEPTH
+    assert len(set(seen)) == 1
 
 
 def test_a_branch_that_changes_its_own_weights_says_so_in_forward():
