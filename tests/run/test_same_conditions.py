@@ -557,3 +557,12 @@ def test_what_a_module_keeps_does_not_keep_earlier_graphs_alive():
         assert sum(type(thing) is Link for thing in gc.get_objects()) - before <= 2 * DEPTH
     finally:
         gc.enable()
+
+
+def test_a_weight_whose_memory_is_gone_is_told():
+    """As a sharded one is outside of its own block."""
+    model = revwire.rewire(Net(Branch), torch.randn(5, WIDTH))
+    loss = model(torch.randn(5, WIDTH)).sum()
+    model.branches[1].linear.weight.untyped_storage().resize_(0)
+    with pytest.raises(ReplayError, match=r"the memory of Linear\.weight was freed"):
+        loss.backward()
