@@ -566,3 +566,14 @@ def test_a_weight_whose_memory_is_gone_is_told():
     model.branches[1].linear.weight.untyped_storage().resize_(0)
     with pytest.raises(ReplayError, match=r"the memory of Linear\.weight was freed"):
         loss.backward()
+
+
+def test_a_tensor_in_a_tuple_is_what_it_was_after_backward():
+    model = revwire.rewire(Net(TensorInTuple), torch.randn(5, WIDTH))
+    loss = model(torch.randn(5, WIDTH)).sum()
+    model(torch.randn(5, WIDTH))
+    held = [branch.state[0] for branch in model.branches]
+    before = [tensor.clone() for tensor in held]
+    loss.backward()
+    assert before == held
+    assert all(before)
