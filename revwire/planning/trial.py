@@ -203,7 +203,7 @@ class Trial:
         x, sides = self._inputs(shape)
         mode = SlicedAttention(_ATTENTION_SLICES, "its attention", always=True)
         try:
-            wanted = self._gradients(x, sides, nullcontext())
+            wanted = self._gradients(x, sides)
         except _REFUSALS:
             return None
         try:
@@ -217,7 +217,9 @@ class Trial:
         agree = out <= _TOLERANCE * wanted[0].abs().max() and all(d <= _TOLERANCE * largest for d in others)
         return "" if agree else "its attention comes out differently in slices"
 
-    def _gradients(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any]) -> list[Tensor]:
+    def _gradients(
+        self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any] | None = None
+    ) -> list[Tensor]:
         """The output of a run within a context, and the gradients of trunk, side inputs and parameters."""
         inputs = [
             t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t

@@ -126,8 +126,7 @@ class Conditions:
                 stack.enter_context(context)
         if self._kernels != kernels():
             for (allowed, allow), wanted in zip(KERNELS, self._kernels, strict=True):
-                stack.callback(allow, allowed())
-                allow(wanted)
+                _put_back(allowed, allow, wanted, stack)
         _put_back(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, self._cached, stack)
         dtype, precision = self._settings
         _put_back(torch.get_default_dtype, torch.set_default_dtype, dtype, stack)

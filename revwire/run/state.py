@@ -96,13 +96,12 @@ class ModuleState:
         if [*map(_version, tensors)] != self._versions:
             self._moved |= {i for i, was in enumerate(self._versions) if tensors[i]._version != was}
         self._moved |= {i for i, was in self._copies.items() if _moved_silently(tensors[i], was)}
-        if self._moved:
-            for i in self._moved - self._copies.keys():
-                raise ReplayError(
-                    f"{where}: the branch itself changes {self._held(i).name} in place in its forward, so it cannot be "
-                    "run again as it ran; change it outside of the forward (after optimizer.step()), or leave the "
-                    "block out (exclude=)"
-                )
+        for i in self._moved - self._copies.keys():
+            raise ReplayError(
+                f"{where}: the branch itself changes {self._held(i).name} in place in its forward, so it cannot be "
+                "run again as it ran; change it outside of the forward (after optimizer.step()), or leave the "
+                "block out (exclude=)"
+            )
         self._copies = {i: was for i, was in self._copies.items() if i in self._moved}
         self._scripted = [(b, was) for b, was in self._scripted if not torch.equal(b, was)]
         self.generators = [state for state in self.generators if state.moved()]

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import torch
 import typer
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import Phase
 
-from tests.whole.machine.programs import TRIED, Programs
+from tests.whole.machine.programs import TRIED, tried
 
 
 def main(
@@ -25,17 +24,7 @@ def main(
     phases = [Phase.generate, *([Phase.shrink] if shrink else [])]
     while time.monotonic() < end:
         try:
-            run_state_machine_as_test(
-                Programs,
-                settings=settings(
-                    max_examples=100,
-                    stateful_step_count=steps,
-                    deadline=None,
-                    database=None,
-                    phases=phases,
-                    suppress_health_check=list(HealthCheck),
-                ),
-            )
+            tried(100, steps, database=None, phases=phases)
         except Exception as error:  # noqa: BLE001 - told, and the next one is tried
             found += 1
             traceback.print_exception(error)

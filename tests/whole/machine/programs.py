@@ -12,8 +12,15 @@ from collections import Counter
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import revwire
@@ -353,6 +360,20 @@ class Programs(RuleBasedStateMachine):
             setattr(body, name, copy.deepcopy(body.linear if name == "linear" else FEATURES[0]()))
 
         self.each(change)
+
+
+def tried(programs, steps, **options):
+    """Run the machine on so many programs, of so many rules at most; raises what it finds."""
+    run_state_machine_as_test(
+        Programs,
+        settings=settings(
+            max_examples=programs,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            **options,
+        ),
+    )
 
 
 def near(what, one, other):
