@@ -45,6 +45,7 @@ __all__ = [
     "active_fake_mode",
     "at_end_of_backward",
     "backward_pass",
+    "float32_precision",
     "function_modes",
     "is_traceable_wrapper_subclass",
     "keeps_graph",
@@ -53,6 +54,7 @@ __all__ = [
     "only_shapes",
     "quiet_fake_tensors",
     "register_pytree_node",
+    "set_float32_precision",
     "solely_held",
     "swapped_function_modes",
     "traced_assert",
@@ -95,6 +97,16 @@ def swapped_function_modes(modes: list[object]) -> Iterator[None]:
             overrides._pop_mode()  # type: ignore[no-untyped-call]
         for mode in now:
             overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def float32_precision(backend: str, op: str) -> str:
+    """What a backend may compute an op of float32 tensors in: `"ieee"`, `"tf32"`, `"bf16"`, or `"none"`, unsaid."""
+    return torch._C._get_fp32_precision_getter(backend, op)
+
+
+def set_float32_precision(backend: str, op: str, precision: str) -> None:
+    """Say what a backend may compute an op of float32 tensors in; the properties of `torch.backends` do the same."""
+    torch._C._set_fp32_precision_setter(backend, op, precision)
 
 
 def active_fake_mode() -> FakeTensorMode | None:

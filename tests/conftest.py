@@ -17,6 +17,19 @@ TESTS = Path(__file__).parent
 SLOW_ROOMS = [TESTS / "integrations", TESTS / "re2tal"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--default-device", help="Where tests make tensors that they put nowhere: cuda, ...")
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request):
+    if (device := request.config.getoption("--default-device")) is None:
+        yield
+        return
+    with torch.device(device):
+        yield
+
+
 def pytest_ignore_collect(collection_path, config):
     """What is slow as a whole is not even imported where nothing slow is asked for."""
     return True if config.option.markexpr == "not slow" and collection_path in SLOW_ROOMS else None

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.backends import cuda as sdp
 
-from revwire._torch import only_shapes
+from revwire._torch import float32_precision, only_shapes, set_float32_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import ExitStack
 
     from torch import nn
 
@@ -37,6 +38,49 @@ def kernels() -> tuple[bool, ...]:
     """Which of them may be used now."""
     flash, efficient, math, cudnn = _ALLOWED
     return flash(), efficient(), math(), cudnn()
+
+
+_PRODUCTS = tuple((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn"))
+_EPSILON = {"tf32": 2.0**-10, "bf16": 2.0**-7}
+
+
+@dataclass(frozen=True, slots=True)
+class Float32:
+    """What products of float32 tensors may be computed in; of convolutions on CUDA that is tf32 unless one says other.
+
+    Attributes:
+        of_matmul: What `torch.get_float32_matmul_precision` says; None where torch refuses to, because somebody has set
+            `torch.backends.*.fp32_precision`.
+        of_each: Of each backend and operation.
+    """
+
+    of_matmul: str | None
+    of_each: tuple[str, ...]
+
+    @classmethod
+    def now(cls) -> Float32:
+        """As it is."""
+        try:
+            of_matmul = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            of_matmul = None
+        return cls(of_matmul, tuple([float32_precision(*product) for product in _PRODUCTS]))
+
+    def epsilon(self, device: torch.device) -> float:
+        """The precision that this leaves to float32 on a device."""
+        own = self.of_each[3:] if device.type in {"cpu", "meta"} else self.of_each[:3]
+        return max((_EPSILON[each] for each in own if each in _EPSILON), default=0.0)
+
+    def put_back(self, stack: ExitStack) -> None:
+        """Have it so until the end of a stack."""
+        now = Float32.now()
+        if self.of_matmul != now.of_matmul and self.of_matmul and now.of_matmul:
+            torch.set_float32_matmul_precision(self.of_matmul)
+            stack.callback(torch.set_float32_matmul_precision, now.of_matmul)
+        for product, wanted in zip(_PRODUCTS, self.of_each, strict=True):
+            if (other := float32_precision(*product)) != wanted:
+                set_float32_precision(*product, wanted)
+                stack.callback(set_float32_precision, *product, other)
 
 
 @contextmanager

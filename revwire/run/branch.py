@@ -20,7 +20,7 @@ from revwire.errors import ReplayError
 from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
 from revwire.run.ambient import no_weight_cache
 from revwire.run.conditions import Conditions, observe
-from revwire.run.sample import Sample, can_sample
+from revwire.run.sample import SIZE, Sample, can_sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -144,7 +144,9 @@ class BranchRun:
             self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
             if tensor.is_floating_point():
                 precision = max(precision, epsilon(tensor.dtype))
-                last = None if output else (ticket.index, tensor)
+                # the mask of a drop path comes last, and tells nothing of the rest
+                if not output and (last is None or tensor.numel() >= min(SIZE, last[1].numel())):
+                    last = ticket.index, tensor
             return ticket
 
         name, own = self.branch.name, self.branch.own
@@ -165,9 +167,17 @@ class BranchRun:
         """Note a few numbers, for the second run to be compared with."""
         if last is not None and can_sample(last[1]):
             # a second run that nobody asks for an output stops at the last tensor that it saves
-            self._of_saved = last[0], Sample(last[1], precision)
+            self._of_saved = last[0], Sample(last[1], self._precision(last[1], precision))
         elif isinstance(out, Tensor) and can_sample(out):
-            self._of_output = Sample(out, max(precision, epsilon(out.dtype)))
+            self._of_output = Sample(out, self._precision(out, precision))
+
+    def _precision(self, tensor: Tensor, of_saved: float) -> float:
+        """The epsilon of the lowest precision that a tensor was computed in."""
+        precision = max(of_saved, epsilon(tensor.dtype))
+        if precision < epsilon(torch.float32):
+            return precision
+        assert self.conditions is not None
+        return max(precision, self.conditions.float32.epsilon(tensor.device))
 
     def again(
         self, current: Tensor, *, output: bool = True, amplified: float | None = 1.0

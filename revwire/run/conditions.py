@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire._torch import GLOBAL_HOOKS, function_modes, swapped_function_modes
-from revwire.run.ambient import KERNELS, as_autocast, autocast_now, kernels, torch_states
+from revwire.run.ambient import KERNELS, Float32, as_autocast, autocast_now, kernels, torch_states
 from revwire.run.containers import same, swap
 from revwire.run.state import ModuleState
 
@@ -36,6 +36,9 @@ class Conditions:
         own: Tensors that the branch's code reads itself, as (owner, name).
         device: The device whose random state the branch may draw from, beside the CPU's.
         known: What the modules held last.
+
+    Attributes:
+        float32: What products of float32 tensors were computed in.
     """
 
     __slots__ = (
@@ -43,12 +46,13 @@ class Conditions:
         "_cached",
         "_context",
         "_device",
+        "_dtype",
         "_hooks",
         "_kernels",
         "_modes",
         "_random",
-        "_settings",
         "_state",
+        "float32",
     )
 
     def __init__(
@@ -63,7 +67,7 @@ class Conditions:
         self._modes = function_modes()
         self._kernels = kernels()
         self._autocast, self._cached = autocast_now(device), torch.is_autocast_cache_enabled()
-        self._settings = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+        self._dtype, self.float32 = torch.get_default_dtype(), Float32.now()
         self._hooks = [dict(hooks) for hooks in GLOBAL_HOOKS] if any(GLOBAL_HOOKS) else None
         self._state = ModuleState(modules, own, known)
         self._random: list[RandomState] = torch_states(device)
@@ -124,15 +128,19 @@ class Conditions:
         if self._autocast != autocast_now(self._device):
             for context in as_autocast(self._autocast):
                 stack.enter_context(context)
+        _put_back(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, self._cached, stack)
+        self._restore_process(stack)
+        if self._modes != function_modes():
+            stack.enter_context(swapped_function_modes(self._modes))
+
+    def _restore_process(self, stack: ExitStack) -> None:
+        """What all threads share."""
         if self._kernels != kernels():
             for (allowed, allow), wanted in zip(KERNELS, self._kernels, strict=True):
                 _put_back(allowed, allow, wanted, stack)
-        _put_back(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, self._cached, stack)
-        dtype, precision = self._settings
-        _put_back(torch.get_default_dtype, torch.set_default_dtype, dtype, stack)
-        _put_back(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision, stack)
-        if self._modes != function_modes():
-            stack.enter_context(swapped_function_modes(self._modes))
+        _put_back(torch.get_default_dtype, torch.set_default_dtype, self._dtype, stack)
+        if self.float32 != Float32.now():
+            self.float32.put_back(stack)
 
 
 def _put_back(get: Callable[[], Any], put: Callable[[Any], object], wanted: Any, stack: ExitStack) -> None:

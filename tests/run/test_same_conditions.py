@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from timm.layers import DropPath
 from torch import nn
 from torch.backends import cuda as sdp
 from torch.nn.modules.module import register_module_forward_hook
@@ -441,6 +442,23 @@ def test_weights_that_change_without_a_mark_are_found_out(dials, exact):
             parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
     with pytest.raises(ReplayError, match=r"other numbers than in forward.*Call backward\(\) before"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dials", [{}, {"anchor": "*"}])
+def test_the_mask_of_a_drop_path_does_not_stand_for_a_branch(dials):
+    class Dropped(nn.Sequential):
+        def __init__(self):
+            layers = nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), DropPath(0.5)
+            super().__init__(nn.LayerNorm(WIDTH), *layers)
+
+    x = torch.randn(6, 9, WIDTH)
+    model = revwire.rewire(Net(Dropped), x, **dials).train()
+    for changed in (0, DEPTH - 1) if dials else (0,):  # whose outputs are not asked for
+        loss = model(x).square().sum()
+        weight = model.branches[changed][1].weight
+        weight.data = weight + 0.3 * torch.randn_like(weight)
+        with pytest.raises(ReplayError, match=rf"branches\.{changed}|#{changed}"):
+            loss.backward()
 
 
 def test_a_fused_optimizers_step_before_backward_is_found_out():
