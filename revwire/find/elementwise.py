@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from revwire.libraries.drop import drops
+from revwire.libraries.noise import Noise
 from revwire.libraries.rates import DROPOUTS
 from revwire.trace.graph import dependents, seen_through
 
@@ -62,9 +63,9 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
     else:
         return False
     call = _AtRest(call)
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(3, 5, *(2 for _ in source.meta["value"].shape[2:]), generator=generator)
-    shuffle = torch.randperm(sample.numel(), generator=generator)
+    noise = Noise()
+    sample = noise.normal([3, 5, *(2 for _ in source.meta["value"].shape[2:])])
+    shuffle = noise.permutation(sample.numel())
     try:
         result = call(sample.clone())
         direct = result.flatten()[shuffle]
@@ -180,12 +181,12 @@ def _is_scale(module: nn.Module, shape: torch.Size) -> bool:
     """Whether a module multiplies each element by a number of its own, proven by trying."""
     if any(True for _ in module.children()) or any(p.numel() > shape.numel() for p in module.parameters()):
         return False
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(2, *shape[1:], generator=generator, dtype=torch.float64)
+    noise = Noise()
+    sample = noise.normal((2, *shape[1:]), torch.float64)
     try:
         tried = copy.deepcopy(module).to_empty(device="cpu").double().eval()
         for tensor in (*tried.parameters(), *tried.buffers()):
-            tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.data = noise.normal(tensor.shape, torch.float64)
         with torch.no_grad():
             call = original_forward(tried)
             result, factors = call(sample), call(torch.ones_like(sample))

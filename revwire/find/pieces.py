@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from revwire.libraries.noise import Noise
 from revwire.pytree import tree_leaves
 from revwire.trace.graph import rearranges
 
@@ -51,7 +52,7 @@ def pieced(node: fx.Node, additions: Container[fx.Node]) -> Pieces | None:
     trunks = [
         n for n in leaves if n.op != "get_attr" and getattr(n.meta["value"], "shape", None) == value.shape
     ]
-    sample = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    sample = Noise().normal(value.shape)
     terms = {term for addition in used for term in addition.all_input_nodes}
     for trunk in trunks if used else ():
         try:

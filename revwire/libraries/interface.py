@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from revwire.errors import RevwireError
+from revwire.libraries.noise import Noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,7 +288,7 @@ def noise(model: nn.Module, size: Sequence[int], batch: int = 2) -> Tensor:
         Standard normal noise from a generator of its own, so the global one stays where it was.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    made = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    made = Noise().normal((batch, *size))
     return made.to(device=like.device, dtype=like.dtype)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from revwire.libraries.noise import Noise
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -53,7 +55,7 @@ class _Inputs:
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.config: Any = model.config
         self._batch, self._dtype, self._device = batch, like.dtype, like.device
-        self._generator = torch.Generator().manual_seed(0)
+        self._random = Noise()
         self.ways: dict[str, Callable[[], Tensor]] = {
             "pixel_values": self.images,
             "pixel_values_videos": self.images,
@@ -77,7 +79,7 @@ class _Inputs:
         positions = getattr(text, "max_position_embeddings", None) or _LENGTH
         length = min(_LENGTH, positions - 2) if positions > 2 else positions
         first = min(4, vocabulary - 1)
-        made = torch.randint(first, vocabulary, (self._batch, length), generator=self._generator)
+        made = self._random.integers(first, vocabulary, (self._batch, length))
         return made.to(self._device)
 
     def _spectrogram(self) -> Tensor:
@@ -86,7 +88,7 @@ class _Inputs:
         return self._noise(bins, 2 * self._first(("max_source_positions",), 1500))
 
     def _noise(self, *size: int) -> Tensor:
-        made = torch.randn(self._batch, *size, generator=self._generator)
+        made = self._random.normal((self._batch, *size))
         return made.to(device=self._device, dtype=self._dtype)
 
     def _vision(self, name: str, default: Any) -> Any:

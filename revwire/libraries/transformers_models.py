@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from revwire.errors import RevwireError
 from revwire.libraries.comparison import differences, faults, shape_of
 from revwire.libraries.interface import Architecture
+from revwire.libraries.noise import Noise
 from revwire.libraries.plain_library import from_training
 from revwire.libraries.transformers_config import (
     LIBRARY,
@@ -216,7 +217,7 @@ def sized_inputs(model: nn.Module, size: Sequence[int], batch: int = 2) -> dict[
     name = next((name for name in made if name.startswith("pixel_values")), None)
     if name is None:
         raise RevwireError(f"a {type(model).__name__} takes no images: it has no --input-size")
-    noise = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    noise = Noise().normal((batch, *size))
     return {**made, name: noise.to(made[name])}
 
 

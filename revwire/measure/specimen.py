@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from revwire._torch import AnyBatchNorm
+from revwire.libraries.noise import Noise
 from revwire.pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ def move_statistics(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 def noisy_like(tree: Any) -> Any:
     """A structure with noise for each constant floating-point tensor in it, such as zeros made for their shape."""
-    generator = torch.Generator().manual_seed(0)
+    noise = Noise()
 
     def noisy(leaf: Any) -> Any:
         constant = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1
         if constant and bool((leaf == leaf.flatten()[0]).all()):
-            return torch.randn(leaf.shape, generator=generator).to(leaf)
+            return noise.normal(leaf.shape).to(leaf)
         return leaf
 
     return tree_map(noisy, tree)
@@ -61,11 +62,10 @@ def cast(tree: Any, dtype: torch.dtype | None) -> Any:
 @torch.no_grad()
 def move_weights(model: nn.Module, draw: int) -> None:
     """Move all weights by a thousandth, the same for the same draw, before they get another dtype."""
-    generator = torch.Generator().manual_seed(draw)
+    noise = Noise(draw)
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            change = torch.randn(parameter.shape, generator=generator)
-            parameter.mul_(1 + 1e-3 * change.to(parameter))
+            parameter.mul_(1 + 1e-3 * noise.normal(parameter.shape).to(parameter))
 
 
 def seed(number: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from revwire.errors import ReplayError
 from revwire.find.branch_code import step_code
+from revwire.libraries.noise import Noise
 from revwire.libraries.rates import Undropped, stop_dropping
 from revwire.planning.copies import copied
 from revwire.planning.state import State
@@ -235,9 +236,9 @@ class Trial:
         return [out.detach(), *(g for g in found if g is not None)]
 
     def _inputs(self, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator, dtype=torch.float32).to(self._device)
-        return x, [_noise(side, generator, self._device) for side in self._sides]
+        noise = Noise()
+        x = noise.normal(shape, torch.float32).to(self._device)
+        return x, [_noise(side, noise, self._device) for side in self._sides]
 
     def _run(self, x: Tensor, sides: list[Any], within: AbstractContextManager[Any] | None = None) -> Tensor:
         code = self._codes[self._module.training]
@@ -268,20 +269,20 @@ def _with_weights(module: nn.Module) -> nn.Module:
     if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return module
     module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
+    noise = Noise()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.1 * noise.normal(parameter.shape))
         for buffer in module.buffers():
             buffer.zero_()
     return module
 
 
-def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:
+def _noise(value: Any, noise: Noise, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator, dtype=torch.float32).to(device)
+        return noise.normal(value.shape, torch.float32).to(device)
     if value.dtype == torch.bool:
         return torch.ones(value.shape, dtype=torch.bool, device=device)
     return torch.zeros(value.shape, dtype=value.dtype, device=device)
@@ -289,8 +290,7 @@ def _noise(value: Any, generator: torch.Generator, device: torch.device) -> Any:
 
 def make_branches_count(model: nn.Module) -> None:
     """Noise for parameters next to zero (BatchNorm gamma, layer scale): a branch of zero agrees with anything."""
-    generator = torch.Generator().manual_seed(0)
+    noise = Noise()
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-3:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(0.2 * noise)
+            parameter.data.copy_(0.2 * noise.normal(parameter.shape))

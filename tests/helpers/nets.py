@@ -20,7 +20,8 @@ WIDTH = 8
 
 def x_of(*shape, seed=0, dtype=torch.float64):
     """Noise, the same at every call."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def stir(model, mean=0.5):

@@ -17,7 +17,7 @@ from revwire.run.coupling import Original, coupling_of
 from revwire.run.options import Options
 from tests.helpers import couplings
 from tests.helpers.couplings import RULES, Trunk, noise, rewired
-from tests.helpers.nets import NETS, assert_same, gradients, loss
+from tests.helpers.nets import NETS, assert_same, gradients, loss, x_of
 from tests.helpers.steps import kept
 
 
@@ -175,7 +175,7 @@ def test_noise_is_what_a_disturbance_grows_by(b, a, seed):
     if abs(a) < 1e-2:
         return
     coupling = revwire.Coupling(a, b, 1.0)
-    state = torch.randn(2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
+    state = x_of(2, seed=seed).tolist()
     log = 0.0
     for _ in range(3000):  # without branches: x[i-1] = (x[i+1] - b x[i]) / a
         state = [(state[1] - b * state[0]) / a, state[0]]

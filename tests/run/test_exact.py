@@ -77,9 +77,10 @@ def test_a_step_and_back(dtype, bits, a, b, c, seed, shape):
     generator = torch.Generator().manual_seed(seed)
     grid, weights = Grid(bits), Weights(a, b, c)
     previous, current = (
-        torch.randint(-(2**9), 2**9, shape, generator=generator).to(dtype) * 2.0**-bits for _ in range(2)
+        torch.randint(-(2**9), 2**9, shape, generator=generator, device="cpu").to(dtype) * 2.0**-bits
+        for _ in range(2)
     )
-    branch = 3 * torch.randn(shape, generator=generator, dtype=dtype)
+    branch = 3 * torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
     k = round(-math.log2(abs(a)))
     with LiveBytes() as meter:
         following, back = grid.advance(weights, k, previous, current, branch, keep=True)
