@@ -46,13 +46,24 @@ def budgeted(model: nn.Module, inputs: Any, *, like: str, autocast: torch.dtype 
     return revwire.rewire(model, inputs, budget=revwire.Budget(limit, **step))
 
 
+def graphed(
+    model: nn.Module, inputs: Any, *, strategy: str, autocast: torch.dtype | None = None
+) -> nn.Module:
+    """Another way in CUDA graphs, one of its forward and one of its backward: Python's time is no part of a step.
+
+    What the graphs need lies in a memory pool of their own all the time, and is not counted.
+    """
+    treated(model, inputs, strategy)
+    with torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(model, (inputs,), allow_unused_input=True)
+
+
 def worth_measuring(device: str) -> list[str]:
     """The strategies that say something on a kind of device: a CPU has no other memory to move tensors to."""
-    if not device.startswith("cpu"):
-        return list(STRATEGIES)
-    return [
-        name for name in STRATEGIES if name not in {"offload", "compiled", "overlap", "compiled, overlap"}
-    ]
+    left_out = {"unchecked", *GRAPHED}
+    if device.startswith("cpu"):
+        left_out |= {"offload", "compiled", "overlap", "compiled, overlap"}
+    return [name for name in STRATEGIES if name not in left_out]
 
 
 def chosen(names: Iterable[str], autocast: torch.dtype | None) -> dict[str, Strategy]:
@@ -61,12 +72,12 @@ def chosen(names: Iterable[str], autocast: torch.dtype | None) -> dict[str, Stra
     Raises:
         typer.BadParameter: there is no such strategy.
     """
-    named = list(names)
+    named, takes_autocast = list(names), {*BUDGETED, *GRAPHED}
     if unknown := [name for name in named if name not in STRATEGIES]:
         message = f"{unknown[0]!r} is not one of {', '.join(STRATEGIES)}"
         raise typer.BadParameter(message, param_hint="--strategy")
     return {
-        name: partial(STRATEGIES[name], autocast=autocast) if name in BUDGETED else STRATEGIES[name]
+        name: partial(STRATEGIES[name], autocast=autocast) if name in takes_autocast else STRATEGIES[name]
         for name in named
     }
 
@@ -74,9 +85,14 @@ def chosen(names: Iterable[str], autocast: torch.dtype | None) -> dict[str, Stra
 BUDGETED: dict[str, Strategy] = {
     f"budget={like}": partial(budgeted, like=like) for like in ("checkpoint", "plain")
 }
+GRAPHED: dict[str, Strategy] = {
+    f"{name}, graph": partial(graphed, strategy=name) for name in ("plain", "checkpoint", "rewired")
+}
 STRATEGIES: dict[str, Strategy] = {
     **{name: partial(treated, strategy=name) for name in ESTIMATED},
     **BUDGETED,
+    **GRAPHED,
+    "unchecked": partial(treated, strategy={"check": False}),
     "compiled": partial(treated, strategy={"compile": True}),
     "overlap": partial(treated, strategy={"overlap": True}),
     "compiled, overlap": partial(treated, strategy={"compile": True, "overlap": True}),
