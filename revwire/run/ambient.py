@@ -83,6 +83,11 @@ class Float32:
                 stack.callback(set_float32_precision, *product, other)
 
 
+def is_capturing() -> bool:
+    """Whether what is issued now goes into a CUDA graph: nothing is computed yet."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def no_weight_cache() -> Iterator[None]:
     """For the length of the block, autocast does not hold on to the weights that it casts.

@@ -179,6 +179,11 @@ class BranchRun:
         assert self.conditions is not None
         return max(precision, self.conditions.float32.epsilon(tensor.device))
 
+    def of_modules(self) -> list[Comparison]:
+        """Numbers of what the modules hold, of before the forward and of now, before it is run again."""
+        assert self.conditions is not None
+        return self.conditions.compared(self.branch.name) if self.branch.check else []
+
     def again(
         self, current: Tensor, *, output: bool = True, amplified: float | None = 1.0
     ) -> tuple[Tensor | None, dict[int, Tensor], Comparison | None]:

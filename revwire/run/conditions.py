@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from revwire.run.ambient import RandomState
+    from revwire.run.sample import Comparison
     from revwire.run.state import Known
 
 
@@ -86,6 +87,10 @@ class Conditions:
     def parameters(self) -> list[Tensor]:
         """The parameters of the modules."""
         return self._state.parameters
+
+    def compared(self, where: str) -> list[Comparison]:
+        """Numbers of what is not copied, of before the forward and of now."""
+        return self._state.compared(where)
 
     def check_unchanged(self, where: str) -> None:
         """See to it that weights and buffers are as the forward found them.

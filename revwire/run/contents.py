@@ -75,6 +75,7 @@ class Contents:
         normed: Norms that move their statistics.
         scripted: Script modules that may change their buffers.
         generators: Random generators among the attributes, and those that the modules' code has imported.
+        restless: Which of those that may change without a word a forward has changed; None before there was one.
         lasts: Whether this may be kept for longer than a step: it keeps nothing alive but what the model is made of.
     """
 
@@ -84,6 +85,7 @@ class Contents:
         self.held: list[Held] = []
         self.copied: list[int] = []
         self.moving: list[int] = []
+        self.restless: set[int] | None = None
         self.normed: list[nn.Module] = []
         self.scripted: list[torch.jit.ScriptModule] = []
         self.generators = imported_generators(self.modules)

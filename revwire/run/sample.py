@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire._torch import only_shapes, wraps_others
+from revwire.run.ambient import is_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,6 +63,12 @@ class Comparison:
     bound: float
     allowed: int
 
+    @classmethod
+    def of_sums(cls, what: str, first: Tensor, second: Tensor) -> Comparison:
+        """Of two whole numbers that have to be the same."""
+        one = torch.ones(1, device=first.device)
+        return cls(what, one, one + (first != second), 0.0, 0)
+
 
 class Sample:
     """Some numbers of a tensor, spread over all of it.
@@ -100,7 +107,7 @@ def differing(compared: Sequence[Comparison]) -> Iterator[tuple[str, float]]:
     and is replayed as it was captured: nothing that Python decides can come out differently then.
     """
     alike: dict[tuple[Any, ...], list[Comparison]] = {}
-    for each in () if only_shapes() or _is_captured(compared) else compared:
+    for each in () if only_shapes() or is_capturing() else compared:
         alike.setdefault((len(each.first), each.first.dtype, each.first.device), []).append(each)
     for group in alike.values():
         wide = torch.promote_types(group[0].first.dtype, torch.float32)
@@ -120,11 +127,6 @@ def differing(compared: Sequence[Comparison]) -> Iterator[tuple[str, float]]:
         for each, off in zip(group, farthest.where((~same).sum(1) > allowed, 0.0).tolist(), strict=True):
             if off:
                 yield each.step, off
-
-
-def _is_captured(compared: Sequence[Comparison]) -> bool:
-    on_cuda = bool(compared) and compared[0].first.is_cuda
-    return on_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def can_sample(tensor: Tensor) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from revwire._torch import only_shapes, wraps_others
 from revwire.errors import ReplayError
-from revwire.run.ambient import RandomState, random_state
+from revwire.run.ambient import RandomState, is_capturing, random_state
 from revwire.run.containers import swap
 from revwire.run.contents import Contents
+from revwire.run.sample import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,16 @@ class ModuleState:
         generators: The states of the random generators that they may draw from, but for torch's own.
     """
 
-    __slots__ = ("_contents", "_copies", "_moved", "_requires_grad", "_scripted", "_versions", "generators")
+    __slots__ = (
+        "_contents",
+        "_copies",
+        "_moved",
+        "_requires_grad",
+        "_scripted",
+        "_sums",
+        "_versions",
+        "generators",
+    )
 
     def __init__(
         self,
@@ -72,7 +82,14 @@ class ModuleState:
         self._contents = contents = Contents(modules, own) if known is None else known.now(modules, own)
         self._versions = [*map(_version, contents.tensors)]
         self._requires_grad = [*map(_requires_grad, contents.tensors)]
-        self._copies = {i: contents.tensors[i].detach().clone() for i in contents.copied}
+        still = (
+            () if contents.restless is None else [i for i in contents.copied if i not in contents.restless]
+        )
+        summed = [i for i in still if _is_summed(contents.tensors[i])]
+        self._sums = {i: _sum_of_bits(contents.tensors[i]) for i in summed}
+        self._copies = {
+            i: contents.tensors[i].detach().clone() for i in contents.copied if i not in self._sums
+        }
         self._moved = set(contents.moving)
         self._scripted = [
             (b, b.detach().clone()) for m in contents.scripted for b in m.buffers(recurse=False)
@@ -95,7 +112,11 @@ class ModuleState:
         tensors = self._contents.tensors
         if [*map(_version, tensors)] != self._versions:
             self._moved |= {i for i, was in enumerate(self._versions) if tensors[i]._version != was}
-        self._moved |= {i for i, was in self._copies.items() if _moved_silently(tensors[i], was)}
+        first = self._contents.restless is None and self._contents.lasts and not is_capturing()
+        silent = {i for i, was in self._copies.items() if _moved_silently(tensors[i], was, first=first)}
+        self._moved |= silent
+        if first:
+            self._contents.restless = set(self._moved)
         for i in self._moved - self._copies.keys():
             raise ReplayError(
                 f"{where}: the branch itself changes {self._held(i).name} in place in its forward, so it cannot be "
@@ -105,6 +126,13 @@ class ModuleState:
         self._copies = {i: was for i, was in self._copies.items() if i in self._moved}
         self._scripted = [(b, was) for b, was in self._scripted if not torch.equal(b, was)]
         self.generators = [state for state in self.generators if state.moved()]
+
+    def compared(self, where: str) -> list[Comparison]:
+        """What is not copied, before the forward and now, for whoever looks at numbers when the backward is over."""
+        return [
+            Comparison.of_sums(f"{where}, {self._held(i).name}", was, _sum_of_bits(self._contents.tensors[i]))
+            for i, was in self._sums.items()
+        ]
 
     def check(self, where: str) -> None:
         """See to it that all tensors can be put back.
@@ -178,11 +206,32 @@ class ModuleState:
         return self._contents.held[i]
 
 
-def _moved_silently(tensor: Tensor, was: Tensor) -> bool:
+def _is_summed(tensor: Tensor) -> bool:
+    """Whether a sum takes the place of a copy, which on a GPU would be held: comparing it would wait for the device."""
+    return _is_far(tensor) and tensor.is_contiguous() and not _is_opaque(tensor)
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """One number that is another as soon as a bit of a tensor is."""
+    numbers = tensor.detach().flatten()
+    numbers = torch.view_as_real(numbers).flatten() if numbers.is_complex() else numbers
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()]
+    return numbers.view(width).sum()
+
+
+def _is_far(tensor: Tensor) -> bool:
+    return tensor.device.type not in {"cpu", "meta"}
+
+
+def _is_opaque(tensor: Tensor) -> bool:
+    return only_shapes() or wraps_others(tensor) or tensor.layout is not torch.strided
+
+
+def _moved_silently(tensor: Tensor, was: Tensor, *, first: bool) -> bool:
     """Whether a tensor's numbers are others though no operator said so (`.data`, F.batch_norm)."""
-    if only_shapes() or wraps_others(tensor) or tensor.layout is not torch.strided:
+    if _is_opaque(tensor):
         return False
-    if tensor.device.type != "cpu":
+    if _is_far(tensor) and not first:
         # comparing would wait for the device; a copy that is put back in vain does no harm
         return tensor.is_floating_point()
     return not torch.equal(was, tensor)

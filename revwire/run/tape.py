@@ -216,6 +216,7 @@ class Link:
             self._open(now, last=True)
         opened = now.opened[self.position]
         x, amplified = opened.input_of(run), self._amplified(opened)
+        now.compared += self.runs[run].of_modules()
         out, saved, compared = self.runs[run].again(x, output=self._reconstructs, amplified=amplified)
         if compared is not None:
             now.compared.append(compared)
@@ -228,6 +229,7 @@ class Link:
         for run in sorted(opened.waiting):
             out = None
             if self._reconstructs:
+                now.compared += self.runs[run].of_modules()
                 out, compared = self.runs[run].output_again(opened.input_of(run), self._amplified(opened))
                 if compared is not None:
                     now.compared.append(compared)
