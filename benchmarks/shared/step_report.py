@@ -31,7 +31,7 @@ METHOD = (
     "torch.cuda.memory_allocated and max_memory_allocated, less what was allocated before. Seconds: "
     "median over rounds in which the strategies take turns, after one warm-up, without the meter; ratios "
     "of seconds are medians of the ratios of each round. Every strategy has its own copy of the same "
-    "initial model."
+    "initial model. The pool that a CUDA graph keeps for itself is not counted: such ways have seconds only."
 )
 _MIB = 2**20
 
@@ -91,7 +91,7 @@ def _cells(row: Row, bases: dict[str, Row]) -> list[str]:
         if figure == "seconds":
             cells.append(f"{row.timing.median:.3f}" if row.timing else "-")
         else:
-            cells.append(f"{getattr(row.memory, figure) / _MIB:.1f}")
+            cells.append(f"{getattr(row.memory, figure) / _MIB:.1f}" if row.memory else "-")
         for name, base in bases.items():
             found = ratio(row, base, figure) if name in compared(row, bases) else None
             cells.append("" if found is None else f"{found:.3f}")
@@ -177,4 +177,4 @@ def _amount(row: Row | None, figure: str) -> str:
         return row.failure[:40] if row else ""
     if figure == "seconds":
         return f"{row.timing.median:.3g} s" if row.timing else ""
-    return f"{getattr(row.memory, figure) / _MIB:,.1f} MiB"
+    return f"{getattr(row.memory, figure) / _MIB:,.1f} MiB" if row.memory else ""
