@@ -11,12 +11,9 @@ than the committed results fails.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
-import multiprocessing
 import os
-import signal
 import statistics
 import time
 import warnings
@@ -38,9 +35,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import revwire
 from benchmarks.shared import coverage_report, result_files, terminal
-from benchmarks.shared.coverage_models import SOURCES, Entry, entries, fewer_blocks
+from benchmarks.shared.coverage_models import SOURCES, Entry, by_key, entries, fewer_blocks
 from benchmarks.shared.coverage_report import Planned, Verified
 from benchmarks.shared.residual_counter import ResidualCounter
+from benchmarks.shared.workers import at_most, in_workers
 from revwire import ReplayError
 from revwire.find.probe import probe
 from revwire.libraries.inputs import call_arguments
@@ -51,7 +49,7 @@ from revwire.run.coupling import Re2TAL
 from revwire.run.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
     from revwire.planning.plan import Plan
@@ -61,17 +59,12 @@ PATIENCE_S = 600
 VALUES_A_CHANNEL = 8
 
 
-@functools.cache
-def _by_key() -> dict[str, Entry]:
-    return {entry.key: entry for entry in entries(tuple(SOURCES))}
-
-
 def plan_one(key: str, bytes_up_to: float = float("inf")) -> Planned:
     """Plan one architecture, count its bytes if it has no more parameters than `bytes_up_to`; never raises."""
-    entry = _by_key()[key]
+    entry = by_key()[key]
     about = entry.source, entry.family, entry.name
     try:
-        with _at_most(PATIENCE_S), warnings.catch_warnings():
+        with at_most(PATIENCE_S), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _plan(entry, bytes_up_to)
     except Exception as error:  # noqa: BLE001 - a sweep goes on, and reports it
@@ -118,14 +111,14 @@ def _held(model: Any, args: Any, kwargs: Any) -> int:
 
 def verify_one(key: str, chains: tuple[int, ...]) -> Verified:
     """Verify one architecture at the smallest input that leaves its chains as they are; never raises."""
-    entry = _by_key()[key]
+    entry = by_key()[key]
     fewer = fewer_blocks(entry.source, entry.name)
     about = entry.source, entry.family, entry.name + (f", {fewer['depth']} blocks" if fewer else "")
     start = time.perf_counter()
     error: Exception | None = None
     for build in entry.small:
         try:
-            with _at_most(PATIENCE_S), warnings.catch_warnings():
+            with at_most(PATIENCE_S), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
                 model, inputs = build(False)
@@ -177,23 +170,6 @@ def representatives(rows: Iterable[Planned]) -> list[Planned]:
     return list(smallest.values())
 
 
-class _at_most:  # noqa: N801 - reads as a context
-    """Raises TimeoutError in the block after so many seconds."""
-
-    def __init__(self, seconds: int) -> None:
-        self.seconds = seconds
-
-    def __enter__(self) -> None:
-        def late(*_: object) -> None:
-            raise TimeoutError(f"took more than {self.seconds} s")
-
-        signal.signal(signal.SIGALRM, late)
-        signal.alarm(self.seconds)
-
-    def __exit__(self, *_: object) -> None:
-        signal.alarm(0)
-
-
 class Diary:
     """Results as they come, one JSON object a line: what a stopped sweep goes on from."""
 
@@ -223,28 +199,6 @@ class Diary:
         """Add one row."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-
-
-def _worker() -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def _in_workers(
-    workers: int, calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], progress: Progress, title: str
-) -> Iterator[Any]:
-    task = progress.add_task(title, total=len(calls))
-    context = multiprocessing.get_context("spawn")
-    # not concurrent.futures: there, Python 3.11 waits for ever when a worker has done its share of tasks
-    with context.Pool(workers, _worker, maxtasksperchild=50) as pool:
-        for key, result in pool.imap_unordered(_called, calls):
-            progress.update(task, advance=1, description=f"{title}: {key}")
-            yield result
-
-
-def _called(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> tuple[str, Any]:
-    function, args = call
-    return args[0], function(*args)
 
 
 def main(
@@ -280,14 +234,14 @@ def main(
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         limit = bytes_up_to * 1e6
         calls = [(plan_one, (key, limit)) for key in wanted if key not in planned]
-        for row in _in_workers(workers, calls, progress, "plan"):
+        for row in in_workers(workers, calls, progress, "plan"):
             planned[row.key] = row
             diary.write(row)
         if verify:
             chosen_rows = representatives(planned[key] for key in wanted)
             todo = [r for r in chosen_rows if f"{r.source}/{r.family}" not in verified]
             calls = [(verify_one, (row.key, row.chains)) for row in todo]
-            for result in _in_workers(workers, calls, progress, "verify"):
+            for result in in_workers(workers, calls, progress, "verify"):
                 verified[result.key] = result
                 diary.write(result)
     rows = [planned[key] for key in wanted]

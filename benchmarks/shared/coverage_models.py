@@ -198,6 +198,12 @@ def entries(sources: tuple[str, ...]) -> Iterator[Entry]:
         yield from SOURCES[source]()
 
 
+@functools.cache
+def by_key() -> dict[str, Entry]:
+    """All of them, by `Entry.key`."""
+    return {entry.key: entry for entry in entries(tuple(SOURCES))}
+
+
 SOURCES: dict[str, Callable[[], Iterator[Entry]]] = {
     "timm": timm_entries,
     "torchvision": torchvision_entries,

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from revwire.run.tape import Pass, Tape
 
 EXPERIMENTAL = (
-    "overlap=True is experimental: its numbers are tested, but no GPU has shown yet that it pays (an H200 took longer); "
-    "measure a step with and without it"
+    "overlap=True is experimental: its numbers are tested, but no GPU has shown yet that it pays, and an H200 took "
+    "longer; measure a step with and without it"
 )
 
 _SIDES: dict[tuple[torch.device, Any], Any] = {}
