@@ -20,7 +20,7 @@ from revwire.errors import ReplayError
 from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
 from revwire.run.ambient import no_weight_cache
 from revwire.run.conditions import Conditions, observe
-from revwire.run.sample import SIZE, Sample, can_sample
+from revwire.run.sample import Sample, can_sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -144,8 +144,8 @@ class BranchRun:
             self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
             if tensor.is_floating_point():
                 precision = max(precision, epsilon(tensor.dtype))
-                # the mask of a drop path comes last, and tells nothing of the rest
-                if not output and (last is None or tensor.numel() >= min(SIZE, last[1].numel())):
+                # masks, tables and weights tell nothing of what the branch makes of its input
+                if not output and tensor.grad_fn is not None and not isinstance(tensor._base, nn.Parameter):
                     last = ticket.index, tensor
             return ticket
 
