@@ -1,8 +1,9 @@
 """The residual additions of a frame's graph.
 
 A residual addition is a sum one of whose terms, the skip, all other terms depend on. Sums of several branches
-(parallel blocks, `x + attn(x) + mlp(x)`) are one residual; `nn.Identity` on the skip is seen through; a skip that is
-merely scaled (`s * x + F(x)`) counts. What looks like a residual and cannot become a step is returned with its reason.
+(parallel blocks, `x + attn(x) + mlp(x)`) are one residual; what hands the skip or the sum on (`nn.Identity`, a copy, a
+cast and the cast back) is seen through; a skip that is merely scaled (`s * x + F(x)`) counts. What looks like a
+residual and cannot become a step is returned with its reason.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from revwire.find.elementwise import elementwise_after, is_elementwise, scaled
 from revwire.find.pieces import pieced
 from revwire.find.refusals import refusal, without_cycles
 from revwire.find.residual import Residual
-from revwire.trace.graph import ancestors, between, dependents, seen_through
+from revwire.trace.graph import ancestors, between, dependents, handed_on, rearranges, seen_through
+from revwire.trace.passing import passed_on
 from revwire.trace.proxy import updated
 from revwire.trace.sums import flatten, is_addition
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from revwire.trace.frame import Frame
 
@@ -49,9 +51,9 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
         if total not in additions:
             continue
         terms = flatten(total, inner)
-        if (skipped := _skip_of(frame, terms)) is not None:
-            branches = tuple(t for t in terms if seen_through(frame, t) is not skipped)
-            found.append(Residual(frame, 0, skipped, total, branches, between(skipped, branches)))
+        if (residual := _summed(frame, total, terms)) is not None:
+            frame.guards.looked_at |= residual.looks
+            found.append(residual)
         elif (changed := _changed_skip_of(frame, terms, additions)) is not None:
             skip, scale = changed
             inner |= {scale, *(n for n in between(skip, (scale,)) if n in additions)}
@@ -69,13 +71,46 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
     return without_cycles(frame, [replace(r, refused=refusal(r)) for r in ordered]), reasons[::-1]
 
 
-def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> fx.Node | None:
+def _skip_of(frame: Frame, terms: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node] | None:
+    """The trunk of a sum, and the term that hands it on; the nearest that all other terms are computed from."""
     for term in terms:
-        source = seen_through(frame, term)
         others = [t for t in terms if t is not term]
-        if all(_broadcasts_into(o, source) for o in others) and _computed_from(source, others):
-            return source
+        for source in handed_on(frame, term):
+            again = any(source in handed_on(frame, other) for other in others)
+            if again or not all(_broadcasts_into(o, source) for o in others):
+                continue
+            if _computed_from(source, others):
+                return source, term
     return None
+
+
+def _summed(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> Residual | None:
+    """The residual that a sum is, if one of its terms hands on what all others are computed from."""
+    if (found := _skip_of(frame, terms)) is None:
+        return None
+    skip, term = found
+    branches = tuple(t for t in terms if t is not term)
+    passing, end = [*_way(term, skip)], total
+    # what hands the sum on is a part of it: a copy, the cast back
+    while len(end.users) == 1:
+        (user,) = end.users
+        if passed_on(user) is None or user.args[0] is not end or rearranges(user):
+            break
+        if set(user.all_input_nodes) - {end, skip}:
+            break
+        passing.append(user)
+        end = user
+    if end.meta["value"].dtype != skip.meta["value"].dtype:
+        return None
+    inside = between(skip, branches)
+    return Residual(frame, 0, skip, end, branches, inside, passing=tuple(passing), added=total)
+
+
+def _way(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
+    """What hands the values of `source` on to a node, that node first."""
+    while node is not source:
+        yield node
+        node = node.all_input_nodes[0]
 
 
 def _computed_from(source: fx.Node, terms: Collection[fx.Node]) -> bool:
@@ -113,7 +148,7 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
     shared = [
         n
         for n in ancestors([terms[0]]) & ancestors(terms[1:])
-        if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr"
+        if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr" and dependents(n).issuperset(terms)
     ]
     for term in terms:
         others = [t for t in terms if t is not term]

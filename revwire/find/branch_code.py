@@ -24,6 +24,7 @@ class StepCode:
             values of the branch that the frame uses elsewhere.
         whole: Whether that sum holds the (scaled) skip too.
         leads: Whether the trunk is the first term of the frame's own sum.
+        casts: Whether that sum is in another dtype than the trunk before and after it.
         post: `post(self, total, *sides)`: what follows the sum and moves into the branch, or None.
         modules: Paths of the children both call.
         own: Paths of the parameters and buffers both read themselves.
@@ -32,6 +33,7 @@ class StepCode:
     branch: Callable[..., tuple[Any, ...]]
     whole: bool
     leads: bool
+    casts: bool
     post: Callable[..., Tensor] | None
     modules: tuple[str, ...]
     own: tuple[str, ...]
@@ -40,6 +42,7 @@ class StepCode:
         """The block as it was: its output, and the values of its branch that the frame uses elsewhere."""
         out, *inner = self.branch(module, x, *sides)
         total = out if self.whole else x + out if self.leads else out + x
+        total = total.to(x.dtype) if self.casts else total
         return (total if self.post is None else self.post(module, total, *sides)), tuple(inner)
 
     def added(
@@ -51,6 +54,7 @@ class StepCode:
         step is the whole block less its input, `F(x) = G(x) - x`; else that operation moves into the branch.
         """
         out, *inner = self.branch(module, x, *sides)
+        out = out.to(x.dtype) if self.casts else out
         if self.whole:
             out = (out if self.post is None else self.post(module, out, *sides)) - x
         elif self.post is not None:
@@ -78,6 +82,7 @@ def step_code(residual: Residual, without: Sequence[fx.Node] = ()) -> StepCode:
         branch,
         residual.scale is not None,
         residual.leads,
+        residual.casts,
         post,
         residual.modules,
         tuple(dict.fromkeys(str(n.target) for n in read)),

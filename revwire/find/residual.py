@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from revwire.pytree import tree_leaves
 from revwire.trace.graph import rearranges, seen_through
+from revwire.trace.passing import changes_dtype, passed_on
 
 if TYPE_CHECKING:
     from revwire.trace.frame import Frame, Identity
@@ -30,6 +31,8 @@ class Residual:
         following: All operations after the sum that could move in, norms too: what `post` is a beginning of.
         scale: Where the sum adds the trunk scaled (`s * x`), or puts it together from slices, the node that does; the
             branch is then all of it less the trunk, `s * x + F(x) - x`.
+        passing: What hands the skip on to the sum, and the sum on to `total`.
+        added: The node that adds, where `total` is what hands its value on.
         block: Whether it is no addition but a child of an `nn.Sequential`, `G(x) - x`.
         refused: Why this residual cannot become a step, if it cannot.
     """
@@ -43,8 +46,21 @@ class Residual:
     post: tuple[fx.Node, ...] = ()
     following: tuple[fx.Node, ...] = ()
     scale: fx.Node | None = None
+    passing: tuple[fx.Node, ...] = ()
+    added: fx.Node | None = None
     block: bool = False
     refused: str | None = None
+
+    @cached_property
+    def looks(self) -> frozenset[str]:
+        """What of the trunk it hangs on that `passing` hands values on and does no more: its shape, its dtype."""
+        passed = (passed_on(node) for node in self.passing)
+        return frozenset(each[1] for each in passed if each is not None and each[1] is not None)
+
+    @property
+    def casts(self) -> bool:
+        """Whether the sum is in another dtype than the trunk before and after it."""
+        return any(passed_on(node) is not None and changes_dtype(node) for node in self.passing)
 
     @property
     def parallel(self) -> bool:
@@ -94,7 +110,7 @@ class Residual:
     @property
     def line(self) -> str:
         """`file.py:123` of the addition."""
-        return str(self.total.meta.get("line", ""))
+        return str((self.added or self.total).meta.get("line", ""))
 
     @cached_property
     def sums(self) -> frozenset[fx.Node]:
@@ -106,7 +122,8 @@ class Residual:
             node = waiting.pop()
             if node not in ends and node not in nodes:
                 nodes.add(node)
-                waiting.extend(node.all_input_nodes)
+                # of a cast to another tensor's dtype, that tensor is no part of the sum
+                waiting.extend(node.all_input_nodes[:1] if node in self.passing else node.all_input_nodes)
         return frozenset(nodes)
 
     @property

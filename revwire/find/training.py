@@ -156,6 +156,7 @@ class _TrainingRecorder(Recorder):
         self._inline = {
             id(f.module.get_submodule(path)) for f in evaluated.frames for path in f.guards.inlined
         }
+        self._unread = evaluated._unread  # noqa: SLF001 - of this class
         if not real:
             self.fake = evaluated.fake or self.fake
         self._wanted = {id(evaluated.root.get_submodule(path)) for path in wanted}

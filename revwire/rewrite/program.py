@@ -74,7 +74,7 @@ class Program:
         trained: Iterable[Frame] = (),
     ) -> None:
         self.steps, self.ends, self.options, self.joined, self.begins = steps, ends, options, joined, begins
-        self.inlined = frozenset(frame.guards.inlined)
+        self.inlined, self.unread = frozenset(frame.guards.inlined), dict(frame.guards.unread)
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, Guards]] = []
         self._known: dict[int, Known] = {}
@@ -126,7 +126,9 @@ class Program:
         for real in (False, True):
             # code may ask whether gradients are wanted, and is traced under the mode of this call
             grad = torch.is_grad_enabled()
-            recorder = Recorder(module, nested=False, real=real, inline=self.inlined, grad=grad)
+            recorder = Recorder(
+                module, nested=False, real=real, inline=self.inlined, unread=self.unread, grad=grad
+            )
             frame = Frame("", module)
             examples = recorder.example(_trunk_only((args, kwargs)))
             try:

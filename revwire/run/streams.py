@@ -99,6 +99,9 @@ class Streams(TensorLike):
     def enter(cls, x: Tensor, coupling: Coupling, exact: Exact = False) -> Streams:
         """Start a chain from the tensor `x`, in fixed point if `exact`."""
         wide = x.to(promoted(x.dtype, torch.float32))
+        if 0 in wide.stride():
+            # expanded: what is reconstructed is not, and kernels would save other tensors of it
+            wide = wide.contiguous()
         if exact is False:
             return cls(*coupling.enter(wide), Place(coupling, x.dtype))
         grid = exact if isinstance(exact, Grid) else Grid.around(wide)

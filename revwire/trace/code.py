@@ -32,7 +32,10 @@ _WRITTEN_BY_TORCH = (nn.Module, object)
 
 
 class Bypass:
-    """In the place of a cached function: computes anew for the thread that looks, and is the cached one to others."""
+    """In the place of a cached function: computes anew for the thread that looks, and is the cached one to others.
+
+    Whoever notes what code reads while a model is looked at notes what this stands for (`cached`).
+    """
 
     def __init__(self, cached: Any) -> None:
         self.cached = cached
@@ -40,8 +43,11 @@ class Bypass:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns."""
-        function = self.cached
-        return (function.__wrapped__ if threading.get_ident() == self._thread else function)(*args, **kwargs)
+        return (self.cached.__wrapped__ if self._is_mine() else self.cached)(*args, **kwargs)
+
+    def _is_mine(self) -> bool:
+        """Whether the thread that looks is the one that calls."""
+        return threading.get_ident() == self._thread
 
     def __get__(self, instance: Any, owner: Any) -> Any:
         """A cached method, bound."""
@@ -152,7 +158,7 @@ def functions_in(value: object) -> Iterator[FunctionType]:
         yield from functions_in(value.__dict__.get("func") or getattr(value, "func", None))
     elif type(value) is Cached:
         yield from functions_in(value.__wrapped__)
-    elif type(value) is Bypass:
+    elif isinstance(value, Bypass):
         yield from functions_in(value.cached)
 
 

@@ -11,9 +11,10 @@ from revwire.pytree import tree_leaves
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.expected import expected
 from revwire.trace.health import drop_checks, finite
+from revwire.trace.passing import loses_bits, passed_on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from revwire.trace.frame import Frame
 
@@ -30,6 +31,15 @@ def seen_through(frame: Frame, node: fx.Node) -> fx.Node:
     while node.op == "call_module" and _is_identity(frame.module.get_submodule(str(node.target))):
         node = node.all_input_nodes[0]
     return node
+
+
+def handed_on(frame: Frame, node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose values `node` hands on, also in another tensor (`revwire.trace.passing`): the nearest first."""
+    while True:
+        yield (node := seen_through(frame, node))
+        if (passed := passed_on(node)) is None or loses_bits(node):
+            return
+        node = passed[0]
 
 
 def _is_identity(module: nn.Module) -> bool:
@@ -76,12 +86,33 @@ def dependents(source: fx.Node) -> set[fx.Node]:
 
 
 def _reads_values(user: fx.Node, source: fx.Node) -> bool:
+    if source in user.meta.get("unread", ()):
+        return False
     name = getattr(user.target, "__name__", str(user.target))
     if name in _LIKE or (name in _AS and user.args[0] is not source):
         return False
     if user.target in _CHECKS or user.target is expected or user.meta.get("child") is not None:
         return True
     return any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
+
+
+def unread_inputs(graph: fx.Graph | None) -> frozenset[int]:
+    """Which of its tensors a frame reads no values of, only the shape or dtype: `table(torch.arange(x.shape[1]))`."""
+    if graph is None or any(node.meta.get("changes") for node in graph.nodes):
+        return frozenset()
+    ends = set(graph.output_node().all_input_nodes)
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["value"], Tensor)]
+    unread = (n for n in inputs if n not in ends and not ends & dependents(n))
+    return frozenset(int(str(node.target)[len("input_") :]) for node in unread)
+
+
+def leaves_alone(node: fx.Node, leaves: frozenset[int]) -> frozenset[fx.Node]:
+    """The arguments of a call that stand at some of its leaves and nowhere else."""
+    given = tree_leaves((node.args, node.kwargs))
+    chosen = {leaf for i, leaf in enumerate(given) if i in leaves and isinstance(leaf, fx.Node)}
+    return frozenset(
+        chosen - {leaf for i, leaf in enumerate(given) if i not in leaves and isinstance(leaf, fx.Node)}
+    )
 
 
 def rearranges(node: fx.Node) -> bool:

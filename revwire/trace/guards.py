@@ -87,10 +87,12 @@ class Guards:
     Attributes:
         spec: Structure of `(args, kwargs)`.
         constants: The leaves of that structure, with `TENSOR` for tensors.
-        looked_at: What the code looked at of the input tensors: any of `"shape"`, `"dtype"`, `"device"`.
+        looked_at: What the code, or who read the graph, looked at of the input tensors: any of `"shape"`, `"dtype"`,
+            `"device"`.
         reads: What the code reads beside its arguments.
         expected: Paths of children that returned a None, a flag or a word which the code saw; what they read counts.
         attributes: Attributes that the code read of objects it was given: (leaf, names) to the value.
+        unread: Of children, by path, the tensors they are given and read no values of, by their leaves.
         inlined: Children whose code is part of the frame's graph, by path.
         ran: Code that was seen to run, by its id, with its globals.
     """
@@ -101,6 +103,7 @@ class Guards:
     reads: Reads | None = None
     expected: set[str] = field(default_factory=set)
     attributes: dict[tuple[int, tuple[str, ...]], Any] = field(default_factory=dict)
+    unread: dict[str, frozenset[int]] = field(default_factory=dict)
     inlined: dict[str, Inlined] = field(default_factory=dict)
     ran: dict[int, tuple[CodeType, dict[str, Any]]] = field(default_factory=dict)
     _properties: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class Guards:
 
     def seal(self, leaves: Sequence[Any]) -> None:
         """Note what the frame's code saw of these input leaves, when it has run."""
-        self._properties = {key: _properties(key, leaves) for key in sorted(self.looked_at)}
+        self._properties = {key: _properties(key, leaves) for key in ("shape", "dtype", "device")}
 
     def hold(self, module: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> bool:
         """Whether a call of `module` with these argument leaves runs the code that was traced."""
@@ -123,7 +126,7 @@ class Guards:
                 return False
         if any(not same(_read(leaves[i], names), value) for (i, names), value in self.attributes.items()):
             return False
-        if any(_properties(key, leaves) != value for key, value in self._properties.items()):
+        if any(_properties(key, leaves) != self._properties[key] for key in self.looked_at):
             return False
         return self.reads_the_same(module)
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from revwire._torch import CheckpointFrame
 from revwire.pytree import tree_leaves
+from revwire.trace.code import Bypass
 from revwire.trace.frame import TraceFailure
 from revwire.trace.proxy import ValueProxy
 
@@ -174,6 +175,35 @@ def patched_modules(recorder: Records) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign]
+
+
+class _Sized(Bypass):
+    """In the place of a factory function: takes sizes one by one that are read off a tensor, too.
+
+    torch's own parser would not look for them there: `torch.zeros(batch, tokens, 1)`.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensor."""
+        if self._is_mine() and any(type(size) is ValueProxy for size in args):
+            return self.cached(args, **kwargs)
+        return self.cached(*args, **kwargs)
+
+
+_SIZED = ("zeros", "ones", "empty", "rand", "randn")
+
+
+@contextmanager
+def patched_factories() -> Iterator[None]:
+    """`torch.zeros` and the like take sizes that a frame's code reads off its tensors."""
+    originals = {name: getattr(torch, name) for name in _SIZED}
+    for name, function in originals.items():
+        setattr(torch, name, _Sized(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
 
 
 @contextmanager

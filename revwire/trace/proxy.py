@@ -36,6 +36,9 @@ _CONCRETE = {
 }
 
 
+_OF_TENSORS = {"T", "mT", "H", "mH", "real", "imag"}
+"""Attributes of tensors that are tensors."""
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -80,6 +83,8 @@ class ValueProxy(fx.Proxy):
                 self.tracer.look()
                 self.tracer.guards.looked_at.add(_CONCRETE[name])
                 return getattr(self.value, name)
+            if name in _OF_TENSORS:
+                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
             if name in {"requires_grad", "grad_fn", "is_leaf", "grad", "data"}:
                 raise TraceFailure(f"reads .{name} of a tensor")
         if not hasattr(self.value, name):

@@ -19,12 +19,13 @@ from revwire._torch import FakeTensor, FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.frame import Frame, Identity, TraceFailure, argument_names, identity, original_forward
-from revwire.trace.graph import drop_unused
+from revwire.trace.graph import drop_unused, leaves_alone, unread_inputs
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.outside import Outside
 from revwire.trace.patches import (
     TRACING,
     FunctionsRecorded,
+    patched_factories,
     patched_functions,
     patched_modes,
     patched_modules,
@@ -51,6 +52,7 @@ class Recorder:
         nested: Trace the frames of children too.
         real: Run on real tensors, for a model that decides by the numbers in them.
         inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
+        unread: What children read no values of (`Guards.unread`), which `nested` recordings find out.
         grad: Whether the code runs with gradients enabled.
         modes: The modules that the code is to find in another mode than they are in, with whether they train.
     """
@@ -62,6 +64,7 @@ class Recorder:
         nested: bool = True,
         real: bool = False,
         inline: Iterable[str] = (),
+        unread: Mapping[str, frozenset[int]] | None = None,
         grad: bool = True,
         modes: Mapping[nn.Module, bool] | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class Recorder:
         self.tracing: FrameTracer | None = None
         self.order = itertools.count()
         self._nested = nested
+        self._unread = {id(root.get_submodule(path)): leaves for path, leaves in (unread or {}).items()}
         self._calling: Frame | None = None
         self._alive: list[Any] = []
         self._grad = grad
@@ -106,6 +110,7 @@ class Recorder:
             stack.enter_context(patched_modes(self, self.root.modules()))
             stack.enter_context(patched_modules(self))
             stack.enter_context(patched_functions(self))
+            stack.enter_context(patched_factories())
             stack.enter_context(answering_isinstance())
             stack.enter_context(FunctionsRecorded(self))
             yield
@@ -193,6 +198,9 @@ class Recorder:
                 del self.frames[mark:]
                 self._inline.add(id(module))
                 return self._run_inline(tracer, path, module, args, kwargs)
+        traced = self.frames[mark].graph if len(self.frames) > mark else None
+        tracer.guards.unread[path] = self._unread.setdefault(id(module), unread_inputs(traced))
+        proxy.node.meta["unread"] = leaves_alone(proxy.node, tracer.guards.unread[path])
         if changes_lists:
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
         tracer.expected_random = python_random()  # what a child draws, it draws again when it runs

@@ -58,9 +58,9 @@ class Script:
 
     def demand_member(self, member: Any, at: str) -> None:
         """A class's function must be this one; while this is traced another may be in its place."""
-        if type(member) is Bypass:
+        if isinstance(member, Bypass):
             member = member.cached
-        if isinstance(member, staticmethod | classmethod) and type(member.__func__) is Bypass:
+        if isinstance(member, staticmethod | classmethod) and isinstance(member.__func__, Bypass):
             self.demand(f"{at}.__func__ is {self.constant(member.__func__.cached)}")
         else:
             self.demand(f"{at} is {self.constant(member)}")

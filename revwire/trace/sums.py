@@ -12,6 +12,8 @@ from revwire.pytree import tree_leaves
 from revwire.trace.graph import ancestors, seen_through
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from revwire.trace.frame import Frame
 
 
@@ -48,7 +50,7 @@ def flatten(total: fx.Node, inner: set[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(terms)
 
 
-def joined_arguments(frame: Frame) -> tuple[fx.Node, set[fx.Node]] | None:
+def joined_arguments(frame: Frame) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
     """Where a frame hands on the sum of one argument and of what it made of others: the one, and the others.
 
     `BertSelfOutput(hidden, input)` is `norm(dense(hidden) + input)`: a residual, but of the frame that calls it.
@@ -65,8 +67,7 @@ def joined_arguments(frame: Frame) -> tuple[fx.Node, set[fx.Node]] | None:
             sources = {n for n in ancestors(others) | set(others) if n.op == "placeholder"}
             sources = {n for n in sources if isinstance(n.meta["value"], Tensor)}
             if sources and skip not in sources:
-                return skip, sources
-    return None
+                yield skip, sources
 
 
 def _handed_on(total: fx.Node) -> bool:
@@ -87,7 +88,7 @@ def may_be_planned(graph: fx.Graph, module: nn.Module) -> bool:
 
 def belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
     """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
-    if child.graph is None or (joined := joined_arguments(child)) is None:
+    if child.graph is None:
         return False
     leaves = tree_leaves((node.args, node.kwargs))
 
@@ -95,9 +96,12 @@ def belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
         leaf = leaves[int(str(placeholder.target)[len("input_") :])]
         return seen_through(frame, leaf) if isinstance(leaf, fx.Node) else None
 
-    skip, others = given(joined[0]), [given(other) for other in joined[1]]
-    if skip is None or None in others:
-        return False
-    sources = ancestors(n for n in others if n is not None) | set(others)
-    # both may be the caller's own arguments: then it is for the frame above to say
-    return skip in sources or skip.op == "placeholder"
+    def of_caller(argument: fx.Node, added: set[fx.Node]) -> bool:
+        skip, others = given(argument), [given(other) for other in added]
+        if skip is None or None in others:
+            return False
+        sources = ancestors(n for n in others if n is not None) | set(others)
+        # both may be the caller's own arguments: then it is for the frame above to say
+        return skip in sources or skip.op == "placeholder"
+
+    return any(of_caller(*joined) for joined in joined_arguments(child))

@@ -79,7 +79,7 @@ class Values(Names):
 
     def visit(self, value: Any, at: str, depth: int) -> None:
         """Demand that what the function finds `at` this place is what `value` is."""
-        if type(value) is Bypass:  # for as long as this is traced
+        if isinstance(value, Bypass):  # for as long as this is traced
             value = value.cached
         kind = type(value)
         if isinstance(value, _SINGLE):
