@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from revwire.find.elementwise import may_draw
+from revwire.find.order import stuck
 from revwire.trace.frame import Frame, storage
 from revwire.trace.proxy import updated
 
@@ -57,40 +58,12 @@ def _draws_in_turns(residual: Residual, own: set[fx.Node]) -> bool:
 
 def without_cycles(frame: Frame, residuals: list[Residual]) -> list[Residual]:
     """The residuals, those refused whose branches read inner values of each other: neither could run first."""
+    assert frame.graph is not None
     while True:
-        chosen = [r for r in residuals if not r.refused]
-        stuck = _stuck(frame, chosen)
-        if not stuck:
+        waiting = stuck(frame.graph, [r for r in residuals if not r.refused])
+        if not waiting:
             return residuals
-        worst = max(stuck, key=lambda r: len(r.shared))
+        # of two trunks that one attention joins, the larger one is the chain
+        worst = max(waiting, key=lambda r: (bool(r.shared), -r.skip.meta["value"].numel(), len(r.shared)))
         why = f"the residual at {worst.line} and another one read inner values of each other's branches"
         residuals = [replace(r, refused=why) if r is worst else r for r in residuals]
-
-
-def _stuck(frame: Frame, residuals: list[Residual]) -> list[Residual]:
-    """Those residuals that could not run as steps because each waits for what another one hands out."""
-    assert frame.graph is not None
-    sums = {residual.total: residual for residual in residuals}
-    inner = {n for r in residuals for n in (*r.inside, *r.post, *r.sums)} - sums.keys()
-    waiting = [node for node in frame.graph.nodes if node not in inner]
-    done: set[fx.Node] = set()
-    while waiting:
-        later = []
-        for node in waiting:
-            residual = sums.get(node)
-            reads = (residual.skip, *residual.sides) if residual else node.all_input_nodes
-            # an inner node that no step hands out is recomputed from what is at hand
-            if all(read in done or not _handed_out(read, residuals, done) for read in reads):
-                done.update((node,) if residual is None else (node, residual.result, *residual.shared))
-            else:
-                later.append(node)
-        if len(later) == len(waiting):
-            return [sums[node] for node in later if node in sums]
-        waiting = later
-    return []
-
-
-def _handed_out(node: fx.Node, residuals: list[Residual], done: set[fx.Node]) -> bool:
-    """Whether `node` comes out of a step that is still to run, or is itself still to run."""
-    inside = any(node in r.inside and node not in r.shared and node is not r.total for r in residuals)
-    return node not in done and not inside

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from revwire.find.branch_code import compile_graph
+from revwire.find.order import needed
 
 if TYPE_CHECKING:
     from revwire.find.consecutive import Calls
@@ -50,7 +51,7 @@ def rewritten_forward(
     copies: dict[fx.Node, fx.Node] = {}
     read: dict[fx.Node, tuple[fx.Node, ...]] = {node: (entering,) for node, (entering, _) in runs.items()}
     read |= {node: (r.skip, *r.sides) for node, r in sums.items()}
-    wanted = _needed(frame.graph, steps, {n for calls in joined or () for n in calls[:-1]}, read)
+    wanted = needed(frame.graph, steps, {n for calls in joined or () for n in calls[:-1]}, read)
     waiting = [node for node in frame.graph.nodes if node in wanted]
     while waiting:
         # what reads an inner value of a branch comes after the step, which hands it out with its sum
@@ -82,28 +83,3 @@ def _step_call(
         graph.call_function(operator.getitem, (call, i)) for i in range(1 + len(residual.shared))
     )
     return {residual.total: trunk, residual.result: trunk, **dict(zip(residual.shared, inner, strict=True))}
-
-
-def _needed(
-    graph: fx.Graph,
-    steps: dict[Residual, RunStep],
-    joined: set[fx.Node],
-    read: dict[fx.Node, tuple[fx.Node, ...]],
-) -> set[fx.Node]:
-    """The nodes that the rewritten forward still runs: all but what only a planned branch or a joined call needs.
-
-    `read` is what the calls that stand for them read: a step the trunk and the branch's side inputs.
-    """
-    inner = {n for residual in steps for n in (*residual.inside, *residual.post, *residual.sums)} | joined
-    sums = {residual.total: residual for residual in steps}
-    given = {n: residual.total for residual in steps for n in (*residual.shared, residual.result)}
-    needed: set[fx.Node] = set()
-    waiting = [n for n in graph.nodes if n not in inner or n in sums]
-    while waiting:
-        node = waiting.pop()
-        node = given.get(node, node)
-        if node in needed:
-            continue
-        needed.add(node)
-        waiting.extend(read.get(node, node.all_input_nodes))
-    return needed

@@ -225,3 +225,73 @@ def test_positions_that_read_the_shape_alone_are_no_step():
 
 def test_positions_that_read_the_values_are_one():
     assert_rewired(Positioned(reads=True).double(), torch.randint(50, (2, 8)), DEPTH + 1)
+
+
+# -- two trunks, one attention over both ------------------------------------------------------------------------------
+
+
+class Modulated(nn.Module):
+    """Hands out gates beside the normed input, as adaptive norms do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gates = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x, t):
+        now, later = self.gates(t)[:, None].chunk(2, -1)
+        return self.norm(x), now, later
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_x, self.of_c = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, c):
+        both = torch.cat([self.of_x(x), self.of_c(c)], 1)
+        both = nn.functional.scaled_dot_product_attention(both, both, both)
+        return both[:, : x.shape[1]], both[:, x.shape[1] :]
+
+
+class JointBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm_x, self.norm_c, self.attention = Modulated(), Modulated(), Both()
+        self.ff_x, self.ff_c = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, c, t):
+        of_x, gate_x, later_x = self.norm_x(x, t)
+        of_c, gate_c, later_c = self.norm_c(c, t)
+        a, b = self.attention(of_x, of_c)
+        x = x + gate_x * a
+        x = x + later_x * self.ff_x(x).tanh()
+        c = c + gate_c * b
+        c = c + later_c * self.ff_c(c).tanh()
+        return x, c
+
+
+class Joint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(JointBlock() for _ in range(DEPTH))
+
+    def forward(self, x, c, t):
+        for block in self.blocks:
+            x, c = block(x, c, t)
+        return x.mean(1) + c.mean(1)
+
+
+@pytest.mark.parametrize(("of_x", "of_c"), [(8, 4), (4, 8), (5, 5)])
+def test_of_two_trunks_under_one_attention_the_larger_is_a_chain(of_x, of_c):
+    torch.manual_seed(0)
+    model = Joint().double()
+    inputs = [torch.randn(2, n, WIDTH, dtype=torch.float64) for n in (of_x, of_c)]
+    inputs.append(torch.randn(2, WIDTH, dtype=torch.float64))
+    plan = revwire.plan(model, tuple(inputs))
+    assert [len(chain.steps) for chain in plan.chains] == [2 * DEPTH]
+    assert {step.trunk[1] for step in plan.steps} == {max(of_x, of_c)}
+    assert any("inner values of each other's branches" in skipped.reason for skipped in plan.skipped)
+    report = revwire.verify(model, tuple(inputs))
+    assert report.ok, report
+    revwire.rewire(model, tuple(inputs))
+    assert_same(results(kept(model), *inputs), results(model, *inputs))
