@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -54,6 +54,7 @@ __all__ = [
     "only_shapes",
     "quiet_fake_tensors",
     "register_pytree_node",
+    "scripts_as_written",
     "set_float32_precision",
     "solely_held",
     "swapped_function_modes",
@@ -107,6 +108,14 @@ def float32_precision(backend: str, op: str) -> str:
 def set_float32_precision(backend: str, op: str, precision: str) -> None:
     """Say what a backend may compute an op of float32 tensors in; the properties of `torch.backends` do the same."""
     torch._C._set_fp32_precision_setter(backend, op, precision)
+
+
+def scripts_as_written() -> AbstractContextManager[None]:
+    """For the length of the block, script modules and functions run as they are written.
+
+    Their compiler saves other tensors for backward once it has seen the shapes: in a second run, not in the first.
+    """
+    return cast("AbstractContextManager[None]", torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
 
 
 def active_fake_mode() -> FakeTensorMode | None:

@@ -58,9 +58,14 @@ def verify(
         progress: Called with the name of each check before it is measured.
 
     Raises:
-        RewireError: the model cannot be rewired, or its inputs are not known.
+        RewireError: the model cannot be rewired, or copied with its gradients, or its inputs are not known.
     """
     say = progress or (lambda _: None)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise RewireError(
+            f"{type(model).__name__} holds script modules; torch copies those without their parameters' gradients, and "
+            "verify works on copies: verify the model as it is before torch.jit.script"
+        )
     say("plan")
     pristine, wanted, kind, streams = _pristine(model, coupling, exact)
     args, kwargs = call_arguments(pristine, example_inputs)

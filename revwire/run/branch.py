@@ -201,11 +201,12 @@ class BranchRun:
         count = 0
         saved: dict[int, Tensor] = {}
         compared: Comparison | None = None
+        done = False
         # what is compared may be known by the output alone
         output = output or self._of_output is not None
 
         def collect(tensor: Tensor) -> Tensor | None:
-            nonlocal count, compared
+            nonlocal count, compared, done
             if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
             ticket = self._ticket_for(count, tensor)
@@ -215,13 +216,16 @@ class BranchRun:
                 saved[count] = tensor.detach()
             count += 1
             if not output and count == len(self._tickets):
+                done = True
                 raise _Done
             return None
 
         try:
             with saved_tensors_hooks(collect, _no_backward):
                 out = self._run(current, with_grad=True)
-        except _Done:
+        except (_Done, RuntimeError):
+            if not done:  # a script module makes another error of it
+                raise
             return None, saved, compared
         if count != len(self._tickets):
             raise self._differs("saves fewer tensors")

@@ -21,6 +21,7 @@ from revwire.run.state import ModuleState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -87,6 +88,10 @@ class Conditions:
     def parameters(self) -> list[Tensor]:
         """The parameters of the modules."""
         return self._state.parameters
+
+    def scripts(self) -> AbstractContextManager[None]:
+        """What both runs need where there are script modules."""
+        return self._state.scripts()
 
     def compared(self, where: str) -> list[Comparison]:
         """Numbers of what is not copied, of before the forward and of now."""
@@ -168,5 +173,6 @@ def observe(
         ReplayError: the block changed a weight in place.
     """
     conditions = Conditions(modules, own, device, known)
-    yield conditions
+    with conditions.scripts():
+        yield conditions
     conditions.settle(where)

@@ -74,6 +74,7 @@ class Contents:
         moving: Which of those do.
         normed: Norms that move their statistics.
         scripted: Script modules that may change their buffers.
+        scripts: Whether there are script modules.
         generators: Random generators among the attributes, and those that the modules' code has imported.
         restless: Which of those that may change without a word a forward has changed; None before there was one.
         lasts: Whether this may be kept for longer than a step: it keeps nothing alive but what the model is made of.
@@ -88,6 +89,7 @@ class Contents:
         self.restless: set[int] | None = None
         self.normed: list[nn.Module] = []
         self.scripted: list[torch.jit.ScriptModule] = []
+        self.scripts = False
         self.generators = imported_generators(self.modules)
         self.lasts = True
         self._of = list(modules), list(own)
@@ -180,6 +182,7 @@ class Contents:
 
     def _note_scripted(self, module: torch.jit.ScriptModule) -> None:
         self.lasts = False  # its mode is held elsewhere
+        self.scripts = True
         for name, parameter in module.named_parameters(recurse=False):
             self._tensor(parameter, type(module), name, copied=False)
         if module.training:

@@ -7,13 +7,14 @@ attributes) by a copy too, which is kept only where the forward did change them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import only_shapes, wraps_others
+from revwire._torch import only_shapes, scripts_as_written, wraps_others
 from revwire.errors import ReplayError
 from revwire.run.ambient import RandomState, is_capturing, random_state
 from revwire.run.containers import swap
@@ -22,7 +23,7 @@ from revwire.run.sample import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import ExitStack
+    from contextlib import AbstractContextManager, ExitStack
 
     from revwire.run.contents import Held
 
@@ -103,6 +104,10 @@ class ModuleState:
         """The parameters that were noted."""
         return [tensor for tensor in self._contents.tensors if isinstance(tensor, nn.Parameter)]
 
+    def scripts(self) -> AbstractContextManager[None]:
+        """What both runs of a branch need where there are script modules in it."""
+        return scripts_as_written() if self._contents.scripts else nullcontext()
+
     def settle(self, where: str) -> None:
         """Look at what the branch's forward, which is over, has changed.
 
@@ -159,6 +164,7 @@ class ModuleState:
     def put_back(self, stack: ExitStack) -> None:
         """Make the modules what they were; leaving the stack makes them what they are now again."""
         contents = self._contents
+        stack.enter_context(self.scripts())
         patches = self._patches(stack)
         if patches or not contents.there():
             contents.put_back(stack, patches)

@@ -15,9 +15,11 @@ from enum import Enum
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from revwire.pytree import is_object
+from revwire._torch import scripts_as_written
+from revwire.pytree import is_object, tree_leaves
 from revwire.trace.code import Bypass, Cached, functions_in, home, is_foreign, mentioned, owners
 from revwire.trace.proxy import ValueProxy
 
@@ -153,7 +155,8 @@ class Outside:
     def _found(self, value: Any, name: str, put: Callable[[Any], None] | None) -> None:
         """Something that code mentions; `put` puts another thing in its place."""
         inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-        if type(inner) is Cached and not is_foreign(getattr(inner, "__module__", None)) and put is not None:
+        passed_by = type(inner) is Cached and not is_foreign(getattr(inner, "__module__", None))
+        if (passed_by or isinstance(inner, torch.jit.ScriptFunction)) and put is not None:
             self._places.append((put, value))
         for function in functions_in(value):
             if not is_foreign(function.__module__):
@@ -212,8 +215,29 @@ class Outside:
 
 def _bypassed(value: Any) -> Any:
     if isinstance(value, staticmethod | classmethod):
-        return type(value)(Bypass(value.__func__))
-    return Bypass(value)
+        return type(value)(_bypassed(value.__func__))
+    return _Scripted(value) if isinstance(value, torch.jit.ScriptFunction) else Bypass(value)
+
+
+class _Scripted(Bypass):
+    """In the place of a script function: an operation of the frame that calls it."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+
+        # generated code knows functions by name, and would call the class of script functions
+        def scripted(*args: Any, **kwargs: Any) -> Any:
+            with scripts_as_written():
+                return function(*args, **kwargs)
+
+        self._operation = scripted
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What it returns; what stands in for it where it is given what stands in for tensors."""
+        given = (leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is ValueProxy)
+        if self._is_mine() and (proxy := next(given, None)) is not None:
+            return proxy.tracer.create_proxy("call_function", self._operation, args, kwargs)
+        return self.cached(*args, **kwargs)
 
 
 @functools.lru_cache(maxsize=4096)

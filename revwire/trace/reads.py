@@ -171,6 +171,10 @@ class _Walk(Values):
     def module(self, module: nn.Module, at: str, depth: int) -> None:
         at = self.variable(at)
         self.seen[id(module)] = at
+        if isinstance(module, torch.jit.ScriptModule):
+            # an operation: its code is its own, and compiled
+            self.demand(f"type({at}) is {self.constant(type(module))}")
+            return
         held = vars(module)
         d = self.variable(f"{at}.__dict__")
         if "training" in self.names:

@@ -20,6 +20,8 @@ class Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._kept: list[tuple[str, Any, Any]] = []
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # what it holds is not Python's, and its code reaches nothing else
         for store in (module._parameters, module._buffers):
             self._kept.append(("", store, dict(store)))
         self._keep("", module.__dict__, set())
@@ -78,11 +80,21 @@ def _entries(container: Any) -> dict[Any, Any]:
 def attributes_kept(root: nn.Module) -> Iterator[None]:
     """Every module's attributes, parameters and buffers as they were, whatever a forward stores in them."""
     kept = [Attributes(module) for module in root.modules()]
+    # theirs cannot be others while a model is looked at
+    scripted = [
+        (buffer, buffer._version, buffer.detach().clone())
+        for module in root.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        for buffer in module.buffers(recurse=False)
+    ]
     try:
         yield
     finally:
         for attributes in kept:
             attributes.put_back()
+        for buffer, version, was in scripted:
+            if buffer._version != version:
+                buffer.data.copy_(was)
 
 
 @contextmanager
