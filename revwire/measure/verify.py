@@ -61,11 +61,6 @@ def verify(
         RewireError: the model cannot be rewired, or copied with its gradients, or its inputs are not known.
     """
     say = progress or (lambda _: None)
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise RewireError(
-            f"{type(model).__name__} holds script modules; torch copies those without their parameters' gradients, and "
-            "verify works on copies: verify the model as it is before torch.jit.script"
-        )
     say("plan")
     pristine, wanted, kind, streams = _pristine(model, coupling, exact)
     args, kwargs = call_arguments(pristine, example_inputs)
@@ -102,6 +97,11 @@ def _pristine(
     model: nn.Module, coupling: str | Coupling, exact: bool | int | Grid
 ) -> tuple[nn.Module, Plan | None, Coupling, Exact]:
     """A copy of the model as it was before rewiring, with the plan, coupling and grid it had, if any."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise RewireError(
+            f"{type(model).__name__} holds script modules; torch copies those without their parameters' gradients, and "
+            "verify works on copies: verify the model as it is before torch.jit.script"
+        )
     duplicate = copied(model)
     duplicate.zero_grad(set_to_none=True)
     if any(p.dtype in {torch.float16, torch.bfloat16} for p in duplicate.parameters()):

@@ -14,7 +14,7 @@ from revwire.trace.health import drop_checks, finite
 from revwire.trace.passing import loses_bits, passed_on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from revwire.trace.frame import Frame
 
@@ -96,8 +96,9 @@ def _reads_values(user: fx.Node, source: fx.Node) -> bool:
     return any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
 
 
-def unread_inputs(graph: fx.Graph | None) -> frozenset[int]:
-    """Which of its tensors a frame reads no values of, only the shape or dtype: `table(torch.arange(x.shape[1]))`."""
+def unread_inputs(frames: Sequence[Frame]) -> frozenset[int]:
+    """Which of its tensors the first of some frames reads no values of: `table(torch.arange(x.shape[1]))`."""
+    graph = frames[0].graph if frames else None
     if graph is None or any(node.meta.get("changes") for node in graph.nodes):
         return frozenset()
     ends = set(graph.output_node().all_input_nodes)

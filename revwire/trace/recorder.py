@@ -52,7 +52,7 @@ class Recorder:
         nested: Trace the frames of children too.
         real: Run on real tensors, for a model that decides by the numbers in them.
         inline: Paths of modules whose code belongs to the frame of their caller; `nested` recordings find out more.
-        unread: What children read no values of (`Guards.unread`), which `nested` recordings find out.
+        unread: What children read no values of (`Guards.unread`); `nested` recordings find out.
         grad: Whether the code runs with gradients enabled.
         modes: The modules that the code is to find in another mode than they are in, with whether they train.
     """
@@ -76,14 +76,15 @@ class Recorder:
         self.tracing: FrameTracer | None = None
         self.order = itertools.count()
         self._nested = nested
-        self._unread = {id(root.get_submodule(path)): leaves for path, leaves in (unread or {}).items()}
         self._calling: Frame | None = None
         self._alive: list[Any] = []
         self._grad = grad
         self._of_children: set[tuple[str, tuple[int, ...]]] = set()
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}
         self._names = {id(m): name for name, m in root.named_modules()}
-        self._inline = {id(root.get_submodule(path)) for path in inline}
+        there = dict(root.named_modules(remove_duplicate=False))  # a child may be gone since
+        self._inline = {id(there[path]) for path in inline if path in there}
+        self._unread = {id(there[path]): leaves for path, leaves in (unread or {}).items() if path in there}
 
     @property
     def root_code(self) -> CodeType:
@@ -198,9 +199,8 @@ class Recorder:
                 del self.frames[mark:]
                 self._inline.add(id(module))
                 return self._run_inline(tracer, path, module, args, kwargs)
-        traced = self.frames[mark].graph if len(self.frames) > mark else None
-        tracer.guards.unread[path] = self._unread.setdefault(id(module), unread_inputs(traced))
-        proxy.node.meta["unread"] = leaves_alone(proxy.node, tracer.guards.unread[path])
+        unread = self._unread.setdefault(id(module), unread_inputs(self.frames[mark:]))
+        tracer.guards.unread[path], proxy.node.meta["unread"] = unread, leaves_alone(proxy.node, unread)
         if changes_lists:
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
         tracer.expected_random = python_random()  # what a child draws, it draws again when it runs

@@ -295,3 +295,28 @@ def test_of_two_trunks_under_one_attention_the_larger_is_a_chain(of_x, of_c):
     assert report.ok, report
     revwire.rewire(model, tuple(inputs))
     assert_same(results(kept(model), *inputs), results(model, *inputs))
+
+
+# -- children that are gone -------------------------------------------------------------------------------------------
+
+
+class Fusable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix, self.fused = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), None
+
+    def forward(self, x):
+        return x.tanh() if self.fused else x + self.mix(self.norm(x))
+
+    def fuse(self):
+        del self.norm, self.mix
+        self.fused = True
+
+
+def test_children_that_are_gone_are_told():
+    model = nn.Sequential(*(Fusable() for _ in range(DEPTH)))
+    x = torch.randn(5, WIDTH)
+    revwire.rewire(model, x)
+    model[1].fuse()
+    with pytest.raises(revwire.RewireError, match=r"has 0 residuals|was replaced|is gone"):
+        model(x)
