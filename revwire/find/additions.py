@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from revwire.find.elementwise import elementwise_after, is_elementwise, scaled
+from revwire.find.other_words import told_otherwise
 from revwire.find.pieces import pieced
 from revwire.find.refusals import refusal, without_cycles
 from revwire.find.residual import Residual
@@ -49,6 +50,8 @@ def find_residuals(frame: Frame) -> tuple[list[Residual], list[str]]:
             found.append(Residual(frame, 0, pieces.trunk, total, (total,), inside, scale=total))
             continue
         if total not in additions:
+            if (residual := _in_other_words(frame, total)) is not None:
+                found.append(residual)
             continue
         terms = flatten(total, inner)
         if (residual := _summed(frame, total, terms)) is not None:
@@ -104,6 +107,20 @@ def _summed(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> Residua
         return None
     inside = between(skip, branches)
     return Residual(frame, 0, skip, end, branches, inside, passing=tuple(passing), added=total)
+
+
+def _in_other_words(frame: Frame, total: fx.Node) -> Residual | None:
+    """The residual that a node is which adds up without a plus."""
+    if not isinstance(value := total.meta.get("value"), Tensor):
+        return None
+    for term, others in told_otherwise(total):
+        skip, given = seen_through(frame, term), term.meta["value"]
+        if (value.shape, value.dtype) != (given.shape, given.dtype) or skip.op == "get_attr":
+            continue
+        # `x - x.mean(-1)` centres a tensor, and is no block of it
+        if _computed_from(skip, others) and any(o.meta["value"].shape == given.shape for o in others):
+            return Residual(frame, 0, skip, total, (total,), between(skip, (total,)), scale=total)
+    return None
 
 
 def _way(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:

@@ -20,6 +20,7 @@ _COPIES = {"clone", "contiguous", "as_tensor", "asarray"}
 _CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda"} | _COPIES
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "expand", "expand_as", "broadcast_to", "flatten"}
 _RESHAPES |= {"squeeze", "unflatten", "narrow"}
+_EITHER_WAY = {operator.add, torch.add, operator.mul, torch.mul}
 _NEUTRAL: dict[Callable[..., Any], int] = {
     operator.add: 0, operator.sub: 0, torch.add: 0, torch.sub: 0, operator.mul: 1, operator.truediv: 1, torch.mul: 1,
     torch.div: 1,
@@ -32,6 +33,8 @@ def passed_on(node: fx.Node) -> tuple[fx.Node, str | None] | None:
     None where it does more. A cast to another floating-point dtype counts: see `changes_dtype`.
     """
     source = node.args[0] if node.args else None
+    if node.target in _EITHER_WAY and len(node.args) == 2 and not isinstance(source, fx.Node):
+        source = node.args[1]  # sum([x, f(x)]) begins with 0 + x
     if node.op not in {"call_function", "call_method"} or not isinstance(source, fx.Node):
         return None
     value, given = node.meta.get("value"), source.meta.get("value")
@@ -56,8 +59,8 @@ def passed_on(node: fx.Node) -> tuple[fx.Node, str | None] | None:
 
 def changes_dtype(node: fx.Node) -> bool:
     """Whether a node casts to another dtype: what was cast before a sum has to be cast back after it."""
-    source: Any = node.args[0]
-    return bool(node.meta["value"].dtype != source.meta["value"].dtype)
+    passed = passed_on(node)
+    return passed is not None and bool(node.meta["value"].dtype != passed[0].meta["value"].dtype)
 
 
 def loses_bits(node: fx.Node) -> bool:
@@ -75,6 +78,7 @@ def _adds_nothing(node: fx.Node) -> bool:
     """Whether a node adds zeros, multiplies by one or drops with a rate of zero."""
     rest, named = node.args[1:], node.kwargs
     if node.target in _NEUTRAL:
+        rest = node.args[:1] if isinstance(rest[0] if rest else None, fx.Node) else rest
         return len(rest) == 1 and not named and _is(rest[0], _NEUTRAL[node.target])
     if node.target in {functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d}:
         return _is(rest[0] if rest else named.get("p"), 0)
