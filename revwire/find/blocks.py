@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
 
-from revwire.find.elementwise import elementwise_after, is_elementwise, is_norm
+from revwire.find.elementwise import elementwise_after, is_elementwise
+from revwire.find.norms import is_norm
 from revwire.find.refusals import refusal
 from revwire.find.residual import Residual
 from revwire.trace.frame import original_forward

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
+from revwire.find.norms import is_norm, norm_by_hand
 from revwire.libraries.drop import drops
 from revwire.libraries.noise import Noise
 from revwire.libraries.rates import DROPOUTS
@@ -76,15 +77,6 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
         return False
     # not equal to the last bit: the end of a tensor takes another code path than its vectors (SiLU)
     return bool(torch.allclose(direct, shuffled)) and not scales
-
-
-def is_norm(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node is a normalisation layer on `source`: a module of that name that keeps the shape."""
-    if node.op != "call_module" or node.all_input_nodes != [source]:
-        return False
-    value = node.meta.get("value")
-    named = "norm" in type(frame.module.get_submodule(str(node.target))).__name__.lower()
-    return named and isinstance(value, Tensor) and value.shape == source.meta["value"].shape
 
 
 def may_draw(frame: Frame, node: fx.Node) -> bool:
@@ -199,10 +191,14 @@ def _is_scale(module: nn.Module, shape: torch.Size) -> bool:
 def elementwise_after(frame: Frame, node: fx.Node, skips: Collection[fx.Node] = ()) -> tuple[fx.Node, ...]:
     """All elementwise operations and norms after `node`, as long as nothing else reads what is before them."""
     following: list[fx.Node] = []
-    while len(node.users) == 1 and node not in skips:
-        (user,) = node.users
-        if not (is_elementwise(frame, user, node) or is_norm(frame, user, node)):
+    while node.users and node not in skips:
+        user = next(iter(node.users))
+        alone = len(node.users) == 1
+        if alone and (is_elementwise(frame, user, node) or is_norm(frame, user, node)):
+            following.append(user)
+        elif by_hand := norm_by_hand(node):
+            following += by_hand
+        else:
             break
-        following.append(user)
-        node = user
+        node = following[-1]
     return tuple(following)
