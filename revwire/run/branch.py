@@ -7,7 +7,6 @@ same tensors in the same order; they are what the tickets stood for.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +19,7 @@ from revwire.errors import ReplayError
 from revwire.pytree import is_object, snapshot, tree_leaves, tree_map
 from revwire.run.ambient import no_weight_cache
 from revwire.run.conditions import Conditions, observe
-from revwire.run.sample import Sample, can_sample
+from revwire.run.sample import Sample, can_sample, epsilon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -114,10 +113,24 @@ class BranchRun:
         return not self._tickets
 
     @property
+    def precision(self) -> float:
+        """The epsilon of the lowest precision that its samples were computed in, 0 if it has none."""
+        return max((sample.precision for sample in self._samples), default=0.0)
+
+    def widen(self, precision: float) -> None:
+        """Compare its samples as if they had been computed in this precision, where it is the lower one."""
+        for sample in self._samples:
+            sample.precision = max(sample.precision, precision)
+
+    @property
+    def _samples(self) -> list[Sample]:
+        samples = (self._of_output, self._of_saved[1] if self._of_saved else None)
+        return [sample for sample in samples if sample is not None]
+
+    @property
     def sampled(self) -> list[Tensor]:
         """The few numbers that the second run is compared with."""
-        samples = (self._of_output, self._of_saved[1] if self._of_saved else None)
-        return [sample.numbers for sample in samples if sample is not None]
+        return [sample.numbers for sample in self._samples]
 
     def forward(self, owner: Redeems, run: int, x: Tensor, sides: tuple[Any, ...], *, output: bool) -> Any:
         """The branch's output, with grad and with its saved tensors dropped.
@@ -311,12 +324,6 @@ def _no_backward(_: object) -> Tensor:
         f"a tensor that a branch made when it ran again was used in a backward. Either {BACKWARD_INSIDE}; or it has a "
         "side effect, such as a loss that it appends to a list, which happens twice: return it instead"
     )
-
-
-@functools.cache
-def epsilon(dtype: torch.dtype) -> float:
-    """The precision of a dtype of floating-point numbers."""
-    return float(torch.finfo(dtype).eps)
 
 
 def _without_history(sides: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -135,6 +135,12 @@ def can_sample(tensor: Tensor) -> bool:
     return plain and not tensor.is_meta and not wraps_others(tensor)
 
 
+@functools.cache
+def epsilon(dtype: torch.dtype) -> float:
+    """The precision of a dtype of floating-point numbers."""
+    return float(torch.finfo(dtype).eps)
+
+
 def _bound(precision: float, amplified: float | None) -> float | None:
     """The relative difference that may be rounding; None where no difference would tell anything."""
     if amplified is None:

@@ -90,12 +90,16 @@ class Tape:
     Args:
         chain: Name of its first step.
         noise: How many times a step of the inverse amplifies rounding; None where it makes none, in an exact chain.
+
+    Attributes:
+        precision: The epsilon of the lowest precision that a branch of the chain ran in.
     """
 
-    __slots__ = ("chain", "noise", "passes", "watch")
+    __slots__ = ("chain", "noise", "passes", "precision", "watch")
 
     def __init__(self, chain: str, noise: float | None) -> None:
         self.chain, self.noise = chain, noise
+        self.precision = 0.0
         self.passes: dict[int, Pass] = {}
         self.watch: Watch | None = None
 
@@ -166,6 +170,7 @@ class Link:
             return out
         self.runs.append(BranchRun(self.branch))
         out = self.runs[-1].forward(self, len(self.runs) - 1, x, sides, output=self._reconstructs)
+        self.tape.precision = max(self.tape.precision, self.runs[-1].precision)
         return out
 
     def input_kept(self, previous: Tensor) -> Kept:
@@ -240,6 +245,10 @@ class Link:
     def _amplified(self, opened: Reconstruction) -> float | None:
         """How many times the rounding in what a second run is given has grown; None where there is none."""
         noise = self.tape.noise
+        if noise is not None and noise > 1:
+            # what the branches after this one were off by, each in its own precision, has come down to it and grown
+            for run in self.runs:
+                run.widen(self.tape.precision)
         return noise if noise is None or noise == 1 else math.exp(min(50.0, opened.age * math.log(noise)))
 
     @property
