@@ -36,9 +36,7 @@ def net():
     return nn.Sequential(*(Fine() if i % 3 == 1 else Coarse() for i in range(DEPTH)))
 
 
-@pytest.mark.parametrize(
-    "coupling", ["re2tal", "bdia", revwire.Momentum(0.5), revwire.Momentum(0.9)]
-)
+@pytest.mark.parametrize("coupling", ["re2tal", "bdia", revwire.Momentum(0.5), revwire.Momentum(0.9)])
 def test_branches_of_two_precisions_in_one_chain(coupling):
     for seed in range(20):
         torch.manual_seed(seed)
