@@ -25,6 +25,7 @@ PRINTED = {
 }
 # torch's own: what it deprecates and calls, and one process with itself on the CPU
 WARNED = {
+    "memory.md": ["ignore:.*CUDA is not available"],
     "integrations.md": [
         "ignore::DeprecationWarning",
         "ignore::FutureWarning",
@@ -35,7 +36,7 @@ WARNED = {
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """No connection is made: pretrained weights are random ones; and timm's ViTs have two blocks, for speed."""
+    """No connection is made and no GPU asked: weights are random ones; and timm's ViTs have two blocks, for speed."""
     create, built = timm.create_model, timm.models.is_model_pretrained
 
     def untrained(name, *args, pretrained=False, **kwargs):
@@ -52,6 +53,7 @@ def stand_ins(monkeypatch):
     def offline(*_):
         raise AssertionError("a document's code loads something: say in stand_ins what takes its place")
 
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda model, sample: model)
     monkeypatch.setattr(timm, "create_model", untrained)
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
     monkeypatch.setattr(socket.socket, "connect", offline)
