@@ -25,9 +25,10 @@ from rich.progress import Progress
 import revwire
 from benchmarks.shared import result_files, terminal
 from benchmarks.shared.coverage_models import by_key
+from benchmarks.shared.diary import Diary
 from benchmarks.shared.workers import at_most, in_workers
 from revwire.libraries.inputs import call_arguments
-from revwire.measure.step import mean_square
+from revwire.measure.step import training_step
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,10 +110,7 @@ def _step(model: nn.Module, inputs: Any, autocast: torch.dtype | None, seed: int
     args, kwargs = call_arguments(model, inputs)
     fresh = [torch.randn_like(a) if _is_noise(a) else a for a in args]
     named = {key: torch.randn_like(a) if _is_noise(a) else a for key, a in kwargs.items()}
-    model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        loss = mean_square(model(*fresh, **named))
-    loss.backward()  # type: ignore[no-untyped-call]
+    training_step(model, named or fresh, autocast=autocast)()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -134,11 +132,8 @@ def main(
     One family: python -m benchmarks.alarms --only 'timm/convnext*'
     """
     console, path = terminal.console(), result_files.RESULTS / "alarms.json"
-    diary = path.with_suffix(".partial.jsonl")
-    if fresh:
-        diary.unlink(missing_ok=True)
-    lines = diary.read_text("utf-8").splitlines() if diary.exists() else []
-    swept = {row["key"]: Swept(**row) for row in map(json.loads, lines)}
+    diary = Diary(path.with_suffix(".partial.jsonl"), fresh=fresh)
+    swept = {row["key"]: Swept(**row) for row in diary.rows()}
     verified = json.loads((result_files.RESULTS / "coverage.json").read_text("utf-8"))["verified"]
     chosen = {
         f"{row['source']}/{row['name'].partition(',')[0]}": (tuple(row["input"]), row["seconds"])
@@ -149,8 +144,7 @@ def main(
     with Progress(console=console) as progress:
         for row in in_workers(workers, calls, progress, "train"):
             swept[row.key] = row
-            with diary.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            diary.write(row)
     rows = [swept[key] for key in wanted]
     alarms = [(row.key, way, text) for row in rows for way, text in row.alarms.items()]
     errors = [(row.key, way, text) for row in rows for way, text in row.errors.items()]
@@ -166,7 +160,7 @@ def main(
         summary = {"families": len(rows), "steps": total, "false_alarms": len(alarms), "errors": len(errors)}
         document = {**written, **summary, "rows": [asdict(row) for row in rows]}
         console.print("written:", str(result_files.write(document, path)))
-        diary.unlink(missing_ok=True)
+        diary.path.unlink(missing_ok=True)
     if alarms:
         raise typer.Exit(1)
 

@@ -12,12 +12,10 @@ than the committed results fails.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import statistics
 import time
 import warnings
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +35,7 @@ import revwire
 from benchmarks.shared import coverage_report, result_files, terminal
 from benchmarks.shared.coverage_models import SOURCES, Entry, by_key, entries, fewer_blocks
 from benchmarks.shared.coverage_report import Planned, Verified
+from benchmarks.shared.diary import Diary
 from benchmarks.shared.residual_counter import ResidualCounter
 from benchmarks.shared.workers import at_most, in_workers
 from revwire import ReplayError
@@ -50,7 +49,6 @@ from revwire.run.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from revwire.planning.plan import Plan
 
@@ -170,35 +168,17 @@ def representatives(rows: Iterable[Planned]) -> list[Planned]:
     return list(smallest.values())
 
 
-class Diary:
-    """Results as they come, one JSON object a line: what a stopped sweep goes on from."""
-
-    def __init__(self, path: Path, *, fresh: bool) -> None:
-        self.path = path
-        if fresh:
-            path.unlink(missing_ok=True)
-
-    def read(self) -> tuple[dict[str, Planned], dict[str, Verified]]:
-        """What is done: rows by architecture, verified representatives by family."""
-        planned: dict[str, Planned] = {}
-        verified: dict[str, Verified] = {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                data = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that was being written when the sweep was stopped
-            row = coverage_report.row(data)
-            if isinstance(row, Planned):
-                planned[row.key] = row
-            else:
-                verified[row.key] = row
-        return planned, verified
-
-    def write(self, row: Planned | Verified) -> None:
-        """Add one row."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+def done(diary: Diary) -> tuple[dict[str, Planned], dict[str, Verified]]:
+    """What a diary holds: rows by architecture, verified representatives by family."""
+    planned: dict[str, Planned] = {}
+    verified: dict[str, Verified] = {}
+    for data in diary.rows():
+        row = coverage_report.row(data)
+        if isinstance(row, Planned):
+            planned[row.key] = row
+        else:
+            verified[row.key] = row
+    return planned, verified
 
 
 def main(
@@ -229,7 +209,7 @@ def main(
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(SOURCES)}", param_hint="--source")
     wanted = [e.key for e in entries(chosen) if fnmatchcase(e.key, only)]
     diary = Diary(result_files.RESULTS / f"{NAME}.partial.jsonl", fresh=fresh)
-    planned, verified = diary.read()
+    planned, verified = done(diary)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         limit = bytes_up_to * 1e6

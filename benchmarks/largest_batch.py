@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before CUDA is touched
 
@@ -26,10 +25,13 @@ from rich.table import Table
 from benchmarks.shared import result_files, terminal
 from benchmarks.shared.strategies import chosen
 from benchmarks.shared.timm_cases import Amp, timm_case
+from revwire.measure.step import training_step
 from revwire.measure.timing import time_alternating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from benchmarks.shared.step_measurement import Case
 
 WAYS = ("plain", "checkpoint", "rewired")
 FINER = 1.02
@@ -64,17 +66,15 @@ class Trial:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6)
         self._stepped(2)()  # makes the optimizer's state, and whatever else stays
 
-    def _case(self, batch: int) -> Any:
+    def _case(self, batch: int) -> Case:
         return timm_case(f"{self._spec}@{batch}", device="cuda")
 
     def _stepped(self, batch: int) -> Callable[[], None]:
-        case, amp = self._case(batch), self._amp
+        case = self._case(batch)
+        gradients = training_step(self._model, case.inputs, case.loss_fn, autocast=self._amp.dtype)
 
         def step() -> None:
-            self._optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", amp.dtype, enabled=amp.dtype is not None):
-                loss = case.loss_fn(self._model(case.inputs))
-            loss.backward()
+            gradients()
             self._optimizer.step()
 
         return step
@@ -105,7 +105,7 @@ class Trial:
 
     def seconds(self, batch: int, rounds: int) -> float:
         """Of a step."""
-        return statistics.median(time_alternating({"": self._stepped(batch)}, rounds)[""].seconds)
+        return time_alternating({"": self._stepped(batch)}, rounds)[""].median
 
 
 def largest(trial: Trial, limit: int, small: int = 16) -> int:

@@ -162,11 +162,6 @@ def _broadcasts_into(term: fx.Node, trunk: fx.Node) -> bool:
 def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str | None:
     """The reason, if a sum looks like a residual to a reader and is none."""
     where = f"the sum at {total.meta['line']}"
-    shared = [
-        n
-        for n in ancestors([terms[0]]) & ancestors(terms[1:])
-        if isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr" and dependents(n).issuperset(terms)
-    ]
     for term in terms:
         others = [t for t in terms if t is not term]
         source = seen_through(frame, term)
@@ -177,9 +172,12 @@ def _near_miss(frame: Frame, total: fx.Node, terms: tuple[fx.Node, ...]) -> str 
         if dependents(source).issuperset(others):
             shapes = " and ".join("x".join(map(str, t.meta["value"].shape)) for t in (term, *others))
             return f"{where} adds tensors of different shapes ({shapes})"
-    if shared and any(t.op == "call_module" for t in terms):
-        names = ", ".join(str(t.target) for t in terms if t.op == "call_module")
-        return f"{where} adds no unchanged input: each of {names} changes it"
+    called = [str(t.target) for t in terms if t.op == "call_module"]
+    if called and any(
+        isinstance(n.meta.get("value"), Tensor) and n.op != "get_attr" and dependents(n).issuperset(terms)
+        for n in ancestors([terms[0]]) & ancestors(terms[1:])
+    ):
+        return f"{where} adds no unchanged input: each of {', '.join(called)} changes it"
     return None
 
 

@@ -13,6 +13,7 @@ from revwire.libraries.drop import drops
 from revwire.libraries.noise import Noise
 from revwire.libraries.rates import DROPOUTS
 from revwire.trace.graph import dependents, seen_through
+from revwire.trace.operation import function_of, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -60,7 +61,7 @@ def is_elementwise(frame: Frame, node: fx.Node, source: fx.Node) -> bool:
     elif node.op == "call_function" and node.args and node.args[0] is source:
         call = _Rest(node.target, node.args[1:], node.kwargs)
     elif node.op == "call_method":
-        call = _Rest(getattr(Tensor, str(node.target), None), node.args[1:], node.kwargs)
+        call = _Rest(function_of(node), node.args[1:], node.kwargs)
     else:
         return False
     call = _AtRest(call)
@@ -83,7 +84,7 @@ def may_draw(frame: Frame, node: fx.Node) -> bool:
     """Whether an operation is one that draws random numbers in training, by its name: dropout and its kin."""
     if node.op == "call_module":
         return any(drops(module) for module in frame.module.get_submodule(str(node.target)).modules())
-    name = getattr(node.target, "__name__", str(node.target)).lower()
+    name = name_of(node).lower()
     return node.op != "placeholder" and any(
         word in name for word in ("drop", "rand", "bernoulli", "multinomial")
     )
@@ -158,7 +159,7 @@ def scaled(frame: Frame, node: fx.Node) -> fx.Node | None:
     names = _PRODUCT_METHODS if node.op == "call_method" else _PRODUCTS
     if node.target not in names or node.kwargs or len(node.args) != 2:
         return None
-    divides = "div" in getattr(node.target, "__name__", str(node.target))
+    divides = "div" in name_of(node)
     for source, factor in zip(node.args, reversed(node.args), strict=True):
         if isinstance(source, fx.Node) and isinstance(held := source.meta.get("value"), Tensor):
             depends = isinstance(factor, fx.Node) and factor in dependents(source) | {source}

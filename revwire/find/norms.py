@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from revwire.libraries.noise import Noise
+from revwire.trace.operation import function_of, name_of
 
 if TYPE_CHECKING:
     from revwire.trace.frame import Frame
@@ -70,7 +71,7 @@ def _with_scale(group: list[fx.Node]) -> list[fx.Node]:
     while len(end.users) == 1:
         (user,) = end.users
         value, others = user.meta.get("value"), [each for each in user.all_input_nodes if each is not end]
-        plain = getattr(user.target, "__name__", str(user.target)).strip("_") in {"mul", "add"}
+        plain = name_of(user).strip("_") in {"mul", "add"}
         own = bool(others) and all(each.op == "get_attr" for each in others)
         if not (plain and own and isinstance(value, Tensor) and value.shape == end.meta["value"].shape):
             break
@@ -100,6 +101,5 @@ def _is_of_any_scale(source: fx.Node, group: list[fx.Node]) -> bool:
 def _run(group: list[fx.Node], values: dict[fx.Node, Any]) -> Any:
     for node in group:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-        values[node] = function(*args, **kwargs)
+        values[node] = function_of(node)(*args, **kwargs)
     return values[group[-1]]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from revwire.trace.operation import name_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import TypeGuard
@@ -39,9 +41,8 @@ def told_otherwise(total: fx.Node) -> Iterable[tuple[fx.Node, tuple[fx.Node, ...
 
 def _stacked(total: fx.Node) -> list[fx.Node]:
     """The terms of `torch.stack([...]).sum(0)`."""
-    name = getattr(total.target, "__name__", str(total.target))
-    stack: Any = total.args[0] if name == "sum" and total.args else None
-    if not _is_tensor(stack) or getattr(stack.target, "__name__", "") != "stack":
+    stack: Any = total.args[0] if name_of(total) == "sum" and total.args else None
+    if not _is_tensor(stack) or name_of(stack) != "stack":
         return []
     terms: Any = stack.args[0]
     along = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)

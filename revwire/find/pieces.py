@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from revwire.libraries.noise import Noise
 from revwire.pytree import tree_leaves
 from revwire.trace.graph import rearranges
+from revwire.trace.operation import function_of
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -103,5 +104,4 @@ def _put_together(node: fx.Node, additions: Container[fx.Node], trunk: fx.Node, 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
     if any(leaf is None for leaf in tree_leaves(args[:1])):
         return None
-    function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-    return function(*args, **kwargs)
+    return function_of(node)(*args, **kwargs)

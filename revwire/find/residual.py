@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from revwire.pytree import tree_leaves
 from revwire.trace.graph import rearranges, seen_through
+from revwire.trace.operation import name_of
 from revwire.trace.passing import changes_dtype, passed_on
 
 if TYPE_CHECKING:
@@ -161,8 +162,3 @@ class Residual:
         read = (n for node in (*self.inside, *self.post) for n in node.all_input_nodes)
         known = {*inside, self.skip, self.total}
         return tuple(dict.fromkeys(n for n in read if n not in known and n.op != "get_attr"))
-
-
-def name_of(node: fx.Node) -> str:
-    """What a reader calls the operation of a node."""
-    return getattr(node.target, "__name__", str(node.target))

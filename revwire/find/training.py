@@ -18,7 +18,7 @@ from revwire.find.blocks import find_blocks
 from revwire.find.repeated import Repeated
 from revwire.libraries.drop import drops
 from revwire.pytree import tree_unflatten
-from revwire.trace.frame import Frame, Identity, TraceFailure, original_forward
+from revwire.trace.frame import Frame, Identity, TraceFailure, first_line, original_forward
 from revwire.trace.recorder import Recorder
 from revwire.trace.same import same
 
@@ -184,9 +184,9 @@ class _TrainingRecorder(Recorder):
         except TraceFailure as failure:
             raise TraceFailure(f"{failure} ({line_of(failure, frame.module)})") from failure
         except Exception as error:
-            line = (str(error).strip() or "no message").splitlines()[0]
             where = line_of(error, frame.module)
-            raise TraceFailure(f"cannot be traced: {type(error).__name__}: {line} ({where})") from error
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise TraceFailure(f"cannot be traced: {said} ({where})") from error
 
     def alone(self, evaluated: Frame) -> Frame:
         """A frame that did not run in train mode, traced on what it was given in eval mode."""

@@ -14,12 +14,13 @@ import torch
 from torch import fx
 
 from revwire.find.probe import Probe, key_of, sources
-from revwire.find.residual import Residual, name_of
 from revwire.planning.plan import Chain, Plan, Skipped, Step
 from revwire.pytree import tree_leaves
 from revwire.trace.graph import rearranges
+from revwire.trace.operation import name_of
 
 if TYPE_CHECKING:
+    from revwire.find.residual import Residual
     from revwire.trace.frame import Frame, Identity
 
 

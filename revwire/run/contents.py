@@ -76,7 +76,7 @@ class Contents:
         scripted: Script modules that may change their buffers.
         scripts: Whether there are script modules.
         generators: Random generators among the attributes, and those that the modules' code has imported.
-        restless: Which of those that may change without a word a forward has changed; None before there was one.
+        summed: Which of those that may change without a word are known by a sum; None before a forward has run.
         lasts: Whether this may be kept for longer than a step: it keeps nothing alive but what the model is made of.
     """
 
@@ -86,7 +86,7 @@ class Contents:
         self.held: list[Held] = []
         self.copied: list[int] = []
         self.moving: list[int] = []
-        self.restless: set[int] | None = None
+        self.summed: list[int] | None = None
         self.normed: list[nn.Module] = []
         self.scripted: list[torch.jit.ScriptModule] = []
         self.scripts = False

@@ -83,11 +83,7 @@ class ModuleState:
         self._contents = contents = Contents(modules, own) if known is None else known.now(modules, own)
         self._versions = [*map(_version, contents.tensors)]
         self._requires_grad = [*map(_requires_grad, contents.tensors)]
-        still = (
-            () if contents.restless is None else [i for i in contents.copied if i not in contents.restless]
-        )
-        summed = [i for i in still if _is_summed(contents.tensors[i])]
-        self._sums = {i: _sum_of_bits(contents.tensors[i]) for i in summed}
+        self._sums = {i: _sum_of_bits(contents.tensors[i]) for i in contents.summed or ()}
         self._copies = {
             i: contents.tensors[i].detach().clone() for i in contents.copied if i not in self._sums
         }
@@ -117,11 +113,12 @@ class ModuleState:
         tensors = self._contents.tensors
         if [*map(_version, tensors)] != self._versions:
             self._moved |= {i for i, was in enumerate(self._versions) if tensors[i]._version != was}
-        first = self._contents.restless is None and self._contents.lasts and not is_capturing()
+        first = self._contents.summed is None and self._contents.lasts and not is_capturing()
         silent = {i for i, was in self._copies.items() if _moved_silently(tensors[i], was, first=first)}
         self._moved |= silent
         if first:
-            self._contents.restless = set(self._moved)
+            still = (i for i in self._contents.copied if i not in self._moved)
+            self._contents.summed = [i for i in still if _is_summed(tensors[i])]
         for i in self._moved - self._copies.keys():
             raise ReplayError(
                 f"{where}: the branch itself changes {self._held(i).name} in place in its forward, so it cannot be "

@@ -92,7 +92,7 @@ class Tape:
         noise: How many times a step of the inverse amplifies rounding; None where it makes none, in an exact chain.
 
     Attributes:
-        precision: The epsilon of the lowest precision that a branch of the chain ran in.
+        precision: The epsilon of the lowest precision that a branch of the chain ran in, where rounding grows.
     """
 
     __slots__ = ("chain", "noise", "passes", "precision", "watch")
@@ -102,6 +102,11 @@ class Tape:
         self.precision = 0.0
         self.passes: dict[int, Pass] = {}
         self.watch: Watch | None = None
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether the inverse makes rounding grow."""
+        return self.noise is not None and self.noise > 1
 
     def current(self) -> Pass:
         """The pass for the backward that this thread runs; a throw-away one outside of any."""
@@ -170,7 +175,8 @@ class Link:
             return out
         self.runs.append(BranchRun(self.branch))
         out = self.runs[-1].forward(self, len(self.runs) - 1, x, sides, output=self._reconstructs)
-        self.tape.precision = max(self.tape.precision, self.runs[-1].precision)
+        if self.tape.amplifies:
+            self.tape.precision = max(self.tape.precision, self.runs[-1].precision)
         return out
 
     def input_kept(self, previous: Tensor) -> Kept:
@@ -245,10 +251,6 @@ class Link:
     def _amplified(self, opened: Reconstruction) -> float | None:
         """How many times the rounding in what a second run is given has grown; None where there is none."""
         noise = self.tape.noise
-        if noise is not None and noise > 1:
-            # what the branches after this one were off by, each in its own precision, has come down to it and grown
-            for run in self.runs:
-                run.widen(self.tape.precision)
         return noise if noise is None or noise == 1 else math.exp(min(50.0, opened.age * math.log(noise)))
 
     @property
@@ -265,6 +267,10 @@ class Link:
             current, following, self.inverse, self.branch.slices, len(self.runs), last=last, age=age
         )
         now.opened[self.position] = opened
+        if self.tape.amplifies:
+            # what the branches after this one were off by, each in its own precision, has come down to it and grown
+            for run in self.runs:
+                run.widen(self.tape.precision)
         return opened
 
     def _done(self, now: Pass, opened: Reconstruction, run: int, out: Tensor | None) -> None:

@@ -21,6 +21,11 @@ class TraceFailure(Exception):
     """A frame does something that a graph of it would not reproduce. Its message completes "the frame ..."."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
 Identity = tuple[int, int]
 """A tensor as it was at one moment: the object and its in-place version."""
 
@@ -76,6 +81,11 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
         return module.forward
     bound: Callable[..., Any] = written.forward.__get__(module)
     return bound
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own without children: an operation, nothing to look into."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
 
 
 def storage(tensor: Tensor) -> int:

@@ -11,10 +11,11 @@ from revwire.pytree import tree_leaves
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.expected import expected
 from revwire.trace.health import drop_checks, finite
+from revwire.trace.operation import function_of, name_of
 from revwire.trace.passing import loses_bits, passed_on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from revwire.trace.frame import Frame
 
@@ -88,7 +89,7 @@ def dependents(source: fx.Node) -> set[fx.Node]:
 def _reads_values(user: fx.Node, source: fx.Node) -> bool:
     if source in user.meta.get("unread", ()):
         return False
-    name = getattr(user.target, "__name__", str(user.target))
+    name = name_of(user)
     if name in _LIKE or (name in _AS and user.args[0] is not source):
         return False
     if user.target in _CHECKS or user.target is expected or user.meta.get("child") is not None:
@@ -96,9 +97,9 @@ def _reads_values(user: fx.Node, source: fx.Node) -> bool:
     return any(isinstance(v, Tensor) for v in tree_leaves(user.meta.get("value")))
 
 
-def unread_inputs(frames: Sequence[Frame]) -> frozenset[int]:
-    """Which of its tensors the first of some frames reads no values of: `table(torch.arange(x.shape[1]))`."""
-    graph = frames[0].graph if frames else None
+def unread_inputs(frame: Frame | None) -> frozenset[int]:
+    """Which of its tensors a frame, where it was traced, reads no values of: `table(torch.arange(x.shape[1]))`."""
+    graph = None if frame is None else frame.graph
     if graph is None or any(node.meta.get("changes") for node in graph.nodes):
         return frozenset()
     ends = set(graph.output_node().all_input_nodes)
@@ -118,8 +119,7 @@ def leaves_alone(node: fx.Node, leaves: frozenset[int]) -> frozenset[fx.Node]:
 
 def rearranges(node: fx.Node) -> bool:
     """Whether a node only moves the values of its first argument around."""
-    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
-    return node.op != "call_module" and is_rearrangement(function, node.args, node.kwargs)
+    return node.op != "call_module" and is_rearrangement(function_of(node), node.args, node.kwargs)
 
 
 def drop_unused(graph: fx.Graph) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from revwire.trace.operation import name_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -42,7 +44,7 @@ def passed_on(node: fx.Node) -> tuple[fx.Node, str | None] | None:
         return None
     if value.device != given.device or node.meta.get("changes"):
         return None
-    name = getattr(node.target, "__name__", str(node.target))
+    name = name_of(node)
     if name in _CASTS:
         floating = value.dtype == given.dtype or (value.is_floating_point() and given.is_floating_point())
         return (

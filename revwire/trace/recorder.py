@@ -18,7 +18,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from revwire._torch import FakeTensor, FakeTensorMode, quiet_fake_tensors
 from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from revwire.run.rearrange import is_rearrangement
-from revwire.trace.frame import Frame, Identity, TraceFailure, argument_names, identity, original_forward
+from revwire.trace.frame import (
+    Frame,
+    Identity,
+    TraceFailure,
+    argument_names,
+    first_line,
+    identity,
+    is_plain,
+    original_forward,
+)
 from revwire.trace.graph import drop_unused, leaves_alone, unread_inputs
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
 from revwire.trace.outside import Outside
@@ -192,14 +201,15 @@ class Recorder:
         tracer.give_value(proxy.node, result)
         tracer.note_changes(proxy.node, before)
         changes_lists = not _same_structure(given, (values, named))
-        if self._nested and may_inline(module) and not proxy.node.meta["changes"]:
-            child = self.frames[mark] if len(self.frames) > mark else None
-            if changes_lists or (child is not None and belongs_to_caller(child, tracer.frame, proxy.node)):
-                tracer.forget(proxy.node)
-                del self.frames[mark:]
-                self._inline.add(id(module))
-                return self._run_inline(tracer, path, module, args, kwargs)
-        unread = self._unread.setdefault(id(module), unread_inputs(self.frames[mark:]))
+        child = self.frames[mark] if len(self.frames) > mark else None
+        inlines = self._nested and may_inline(module) and not proxy.node.meta["changes"]
+        if inlines and (changes_lists or belongs_to_caller(child, tracer.frame, proxy.node)):
+            tracer.forget(proxy.node)
+            del self.frames[mark:]
+            self._inline.add(id(module))
+            return self._run_inline(tracer, path, module, args, kwargs)
+        if (unread := self._unread.get(id(module))) is None:
+            unread = self._unread[id(module)] = unread_inputs(child)
         tracer.guards.unread[path], proxy.node.meta["unread"] = unread, leaves_alone(proxy.node, unread)
         if changes_lists:
             raise TraceFailure(f"hands {path} a list or dict, which that changes")
@@ -223,7 +233,7 @@ class Recorder:
         frame = Frame(self._names.get(id(module), ""), module, parent=self._calling, caller=caller)
         self.tracing, self._calling = None, frame
         try:
-            if _is_plain(module):
+            if is_plain(module):
                 return original_forward(module)(*args, **kwargs)
             if not self._nested:
                 return self._untraced(module, args, kwargs)
@@ -236,14 +246,13 @@ class Recorder:
             except TraceFailure as failure:
                 frame.failure, frame.graph = str(failure), None
             except Exception as error:  # noqa: BLE001 - proxies meet code that only takes real tensors
-                frame.failure = f"cannot be traced: {type(error).__name__}: {_first_line(error)}"
+                frame.failure = f"cannot be traced: {type(error).__name__}: {first_line(error)}"
                 frame.graph = None
             del self.frames[mark + 1 :]
             self.tracing = None
             for leaf, was in zip(given, before, strict=True):
-                leaf.__dict__.update(
-                    was.__dict__
-                )  # what the frame changed before it failed, it changes again
+                # what the frame changed before it failed, it changes again
+                leaf.__dict__.update(was.__dict__)
             return self._untraced(module, args, kwargs)
         finally:
             self.tracing, self._calling = outer
@@ -339,12 +348,3 @@ def _same_structure(before: tuple[list[Any], Any], tree: Any) -> bool:
     """Whether lists and dicts in `tree` hold the same objects as when it was flattened."""
     leaves, spec = tree_flatten(tree)
     return spec == before[1] and all(a is b for a, b in zip(before[0], leaves, strict=True))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own without children: an operation, nothing to look into."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

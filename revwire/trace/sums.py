@@ -86,9 +86,9 @@ def may_be_planned(graph: fx.Graph, module: nn.Module) -> bool:
     return calls > 1 or any(map(is_addition, graph.nodes)) or isinstance(module, nn.Sequential)
 
 
-def belongs_to_caller(child: Frame, frame: Frame, node: fx.Node) -> bool:
+def belongs_to_caller(child: Frame | None, frame: Frame, node: fx.Node) -> bool:
     """Whether a child's frame adds two of its arguments that are a trunk and what the caller made of it."""
-    if child.graph is None:
+    if child is None or child.graph is None:
         return False
     leaves = tree_leaves((node.args, node.kwargs))
 

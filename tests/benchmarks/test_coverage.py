@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from benchmarks import coverage
-from benchmarks.coverage import Diary, Planned, Verified, plan_one, representatives, verify_one
+from benchmarks.coverage import Planned, Verified, done, plan_one, representatives, verify_one
 from benchmarks.shared import coverage_models, coverage_report, result_files
+from benchmarks.shared.diary import Diary
 from benchmarks.shared.residual_counter import ResidualCounter
 from tests.helpers.programs import python
 
@@ -80,16 +81,16 @@ def test_a_stopped_sweep_goes_on(tmp_path):
     diary.write(REPORT)
     with diary.path.open("a") as file:
         file.write('{"source": "timm", "fam')  # killed while it wrote
-    planned, verified = Diary(diary.path, fresh=False).read()
+    planned, verified = done(Diary(diary.path, fresh=False))
     assert planned == {ROW.key: ROW}
     assert verified == {REPORT.key: REPORT}
     # run as a script, the module's classes are others than those that it imports
     script = runpy.run_path(str(Path(coverage.__file__)), run_name="script")
-    assert [set(rows) for rows in script["Diary"](diary.path, fresh=False).read()] == [
+    assert [set(rows) for rows in script["done"](diary)] == [
         set(planned),
         set(verified),
     ]
-    assert Diary(diary.path, fresh=True).read() == ({}, {})
+    assert done(Diary(diary.path, fresh=True)) == ({}, {})
 
 
 def test_what_got_worse_is_named(tmp_path, monkeypatch):

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import revwire
-from tests.helpers.nets import assert_same
-from tests.helpers.steps import kept, results
+from tests.helpers.steps import assert_steps
 
 WIDTH, DEPTH = 8, 4
 
@@ -61,17 +60,8 @@ def net(after):
 @pytest.mark.parametrize("name", NORMS)
 def test_it_moves_into_the_branch(name):
     model, x = net(NORMS[name]), torch.randn(5, WIDTH, dtype=torch.float64)
-    assert [len(chain.steps) for chain in revwire.plan(model, x).chains] == [DEPTH]
-    report = revwire.verify(model, x)
-    assert report.ok, report
-    model.eval()
-    before, now = x, x
-    for block in model:
-        before, now = now, before + block.after(block, block.mix(now).tanh())
-    revwire.rewire(model, x)
-    torch.testing.assert_close(model(x), (before + now) / 2)
-    for mode in (True, False):
-        assert_same(results(kept(model).train(mode), x), results(model.train(mode), x))
+    branches = [lambda y, block=block: block.after(block, block.mix(y).tanh()) for block in model]
+    assert_steps(model.eval(), x, DEPTH, branches)
 
 
 @pytest.mark.parametrize("name", OTHERS)

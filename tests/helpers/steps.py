@@ -4,10 +4,11 @@ import random
 
 import torch
 
+import revwire
 from revwire.measure.live_bytes import LiveBytes
 from revwire.rewrite.wired import options_of, with_options
 from revwire.run.options import Options
-from tests.helpers.nets import assert_same, gradients, loss, pair
+from tests.helpers.nets import assert_same, gradients, loss, pair, recur
 
 
 def kept(model):
@@ -24,6 +25,17 @@ def results(model, x, *args, of_input=True):
     value.backward()
     found = [value.detach(), *gradients(model), *(b.clone() for b in model.buffers()), torch.rand(1)]
     return [inner.grad, *found] if of_input else found
+
+
+def assert_steps(model, x, steps, branches):
+    """So many steps in one chain, verified, in the recurrence of these branches, with everything kept's gradients."""
+    assert [len(chain.steps) for chain in revwire.plan(model, x).chains] == [steps]
+    report = revwire.verify(model, x)
+    assert report.ok, report
+    wanted = recur(x, branches)
+    torch.testing.assert_close(revwire.rewire(model, x)(x), wanted)
+    for mode in (True, False):
+        assert_same(results(kept(model).train(mode), x), results(model.train(mode), x))
 
 
 def held(model, x, *args):

@@ -7,6 +7,7 @@ from torch import nn
 import revwire
 from revwire import ReplayError
 from revwire.run import state
+from tests.helpers.nets import Residual
 from tests.helpers.steps import held, kept
 
 WIDTH, DEPTH = 6, 4
@@ -56,17 +57,8 @@ class Counted(Masked):
         return self.linear(x).tanh() * self.mask[0].clone()
 
 
-class Block(nn.Module):
-    def __init__(self, branch):
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x):
-        return x + self.branch(x)
-
-
 def net(kind, *size):
-    return nn.Sequential(*(Block(kind(*size)) for _ in range(DEPTH)))
+    return nn.Sequential(*(Residual(kind(*size)) for _ in range(DEPTH)))
 
 
 def gradients(model, x, steps=3):
@@ -107,7 +99,7 @@ def test_a_change_between_forward_and_backward_is_found_out(before):
     wanted = gradients(kept(model), x, 1)[: 2 * DEPTH]
     model.zero_grad()
     loss = model(x).square().sum()
-    model[2].branch.mask.data[-1, -1] += 1e-7 if before else 1.0  # which no output tells of
+    model[2].body[0].mask.data[-1, -1] += 1e-7 if before else 1.0  # which no output tells of
     if before:
         with pytest.raises(ReplayError, match=r"2#0, Masked\.mask: .*other numbers"):
             loss.backward()
@@ -122,7 +114,7 @@ def test_with_the_check_off_nobody_looks():
     model = revwire.rewire(net(Masked), x, check=False)
     model(x).sum().backward()
     loss = model(x).square().sum()
-    model[2].branch.mask.data[-1, -1] += 1.0
+    model[2].body[0].mask.data[-1, -1] += 1.0
     loss.backward()
 
 

@@ -9,6 +9,7 @@ from torch.backends import cuda, cudnn, mkldnn
 
 import revwire
 from revwire.run.ambient import Float32
+from tests.helpers.nets import Residual
 
 WIDTH, DEPTH = 6, 4
 PRODUCTS = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
@@ -27,13 +28,8 @@ def _everything_as_it_was():
     torch.set_float32_matmul_precision("highest")
 
 
-class Block(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
 def net(branch):
-    return nn.Sequential(*(Block(*branch()) for _ in range(DEPTH)))
+    return nn.Sequential(*(Residual(*branch()) for _ in range(DEPTH)))
 
 
 @pytest.mark.parametrize("of_forward", ["tf32", "bf16"])
@@ -41,7 +37,7 @@ def test_the_second_run_has_them_as_in_forward_and_they_come_back(of_forward):
     seen, x = [], torch.randn(5, WIDTH)
     model = revwire.rewire(net(lambda: [nn.Linear(WIDTH, WIDTH), nn.Tanh()]), x)
     for block in model:
-        block[0].register_forward_hook(lambda *_: seen.append(settings()))
+        block.body[0].register_forward_hook(lambda *_: seen.append(settings()))
     mkldnn.matmul.fp32_precision = of_forward
     cudnn.conv.fp32_precision = "ieee"
     with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):

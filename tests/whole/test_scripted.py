@@ -9,7 +9,7 @@ from torch import nn
 import revwire
 from revwire import RevwireError
 from revwire.measure.live_bytes import LiveBytes
-from tests.helpers.nets import assert_same, gradients
+from tests.helpers.nets import Residual, assert_same, gradients
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -36,23 +36,14 @@ class Branch(nn.Module):
         return self.dropout(self.narrow(torch.tanh(self.norm(y)) * torch.sigmoid(y)))
 
 
-class Block(nn.Module):
-    def __init__(self, branch):
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x):
-        return x + self.branch(x)
-
-
 def net(norm=False, rate=0.0):
     torch.manual_seed(0)
-    return nn.Sequential(*(Block(Branch(norm, rate)) for _ in range(DEPTH))).double()
+    return nn.Sequential(*(Residual(Branch(norm, rate)) for _ in range(DEPTH))).double()
 
 
 def scripted(model):
     for block in model:
-        block.branch = script(block.branch)
+        block.body = script(block.body)
     return model
 
 
