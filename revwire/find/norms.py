@@ -40,7 +40,8 @@ def norm_by_hand(source: fx.Node) -> tuple[fx.Node, ...]:
     Proven by trying: the result is the same for a `source` of another scale.
     """
     given = source.meta["value"]
-    if not given.is_floating_point() or given.numel() > _LARGEST:
+    # of one number nothing can be told
+    if not given.is_floating_point() or not 1 < given.numel() <= _LARGEST:
         return ()
     group: list[fx.Node] = []
     node = source.next

@@ -67,3 +67,15 @@ def test_it_moves_into_the_branch(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_norm_ends_the_trunk(name):
     assert not revwire.plan(net(OTHERS[name]), torch.randn(5, WIDTH, dtype=torch.float64)).chains
+
+
+@pytest.mark.parametrize(
+    "after", [lambda b, y: y.movedim(0, -1).contiguous(), lambda b, y: y.transpose(0, 1)]
+)
+def test_a_trunk_of_one_number_is_planned_without_a_warning(after):
+    class One(nn.Module):
+        def forward(self, x):
+            return after(self, x + x.tanh())
+
+    plan = revwire.plan(nn.Sequential(*(One() for _ in range(DEPTH))), torch.randn(1, 1))
+    assert [len(chain.steps) for chain in plan.chains] == [DEPTH]
