@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from revwire.checkpoint.disk import text_of
 from revwire.checkpoint.fingerprint import index
 from revwire.checkpoint.identify import arguments_of, identify, near
+from revwire.checkpoint.limits import JSON_CHARACTERS, built_within, check_arguments
 from revwire.checkpoint.metadata import parse_json
 from revwire.errors import CheckpointError, RevwireError
 from revwire.libraries import INDEXED, Architecture, from_config
@@ -87,11 +89,9 @@ def _from_config(source: Source) -> Architecture | None:
     """The `config.json` beside the file, as models of timm and transformers have one on the Hugging Face hub."""
     path = source.path.with_name("config.json")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path, JSON_CHARACTERS)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
     config = parse_json(text, str(path))
     try:
         return from_config(config)
@@ -166,8 +166,13 @@ def check_fit(architecture: Architecture, tensors: Mapping[str, Tensor], what: s
     Raises:
         CheckpointError: They differ; the first few differences are named, the rest counted.
     """
+    if (
+        architecture.library in INDEXED
+    ):  # a configuration of transformers' has more than counts; it looks itself
+        check_arguments(architecture.model_args, tensors, what)
     try:
-        found = architecture.misfit(tensors)
+        with built_within(tensors, what):
+            found = architecture.misfit(tensors)
     except RevwireError as error:
         raise CheckpointError(f"{what}: {error}") from error
     if found:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from revwire.checkpoint.disk import text_of
+from revwire.checkpoint.limits import JSON_CHARACTERS
 from revwire.checkpoint.metadata import parse_json
 from revwire.errors import CheckpointError
 
@@ -60,16 +62,12 @@ def shards(index: Path, names_in: Callable[[Path], list[str]]) -> dict[str, tupl
     Raises:
         CheckpointError: The index is none, names files elsewhere, or tensors that are not where it says.
     """
-    try:
-        text = index.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {index}: {error}") from error
-    where = parse_json(text, str(index)).get("weight_map")
+    where = parse_json(text_of(index, JSON_CHARACTERS), str(index)).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files: download it again")
     places = {}
     for file in sorted(set(where.values())):
-        if Path(file).name != file:
+        if not file or "\0" in file or Path(file).name != file:
             raise CheckpointError(
                 f"{index} names {file[:100]!r}, which is not beside it; that is not followed"
             )

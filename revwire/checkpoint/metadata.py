@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from revwire.checkpoint.limits import JSON_CHARACTERS, check_json
 from revwire.errors import CheckpointError, RewireError
 from revwire.planning.plan import Plan
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from revwire.libraries import Architecture
 
 _PLAN, _COUPLING, _VERSION = "revwire.plan", "revwire.coupling", "revwire.version"
-_JSON_LIMIT = 16 * 2**20  # characters; timm's largest config.json (22k class names) has two million
 
 
 def rewiring_metadata(architecture: Architecture, plan: Plan) -> dict[str, str]:
@@ -72,14 +72,15 @@ def parse_json(text: str, what: str) -> dict[str, Any]:
         what: Where it comes from, for the message.
 
     Raises:
-        CheckpointError: Too long, not JSON, or not an object.
+        CheckpointError: Too long, not JSON, not an object, or beyond what `revwire.checkpoint.limits` lets pass.
     """
-    if len(text) > _JSON_LIMIT:
-        raise CheckpointError(f"{what} is {len(text)} characters long; at most {_JSON_LIMIT} are read")
+    if len(text) > JSON_CHARACTERS:
+        raise CheckpointError(f"{what} is {len(text)} characters long; at most {JSON_CHARACTERS} are read")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{what} is a JSON {type(data).__name__}, not an object")
+    check_json(data, what)
     return data

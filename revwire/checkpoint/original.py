@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revwire.checkpoint.architecture import check_fit, resolve
+from revwire.checkpoint.disk import write_text
 from revwire.checkpoint.metadata import rewiring_of, without_rewiring
 from revwire.checkpoint.reader import read
-from revwire.checkpoint.writer import check_out, write, write_texts
+from revwire.checkpoint.writer import check_out, write
 from revwire.errors import CheckpointError, RewireError
 from revwire.printing import Printed
 from revwire.run.coupling import coupling_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -112,31 +115,42 @@ def to_original(
     stem = path.stem.removesuffix(".revwire")
     out = Path(out) if out else path.with_name(f"{stem}.original{'' if companions else '.safetensors'}")
     folder = out if companions and out.suffix != ".safetensors" else None
-    weights = _weights_in(folder, companions) if folder else out
+    weights = folder / "model.safetensors" if folder else out
     tensors = source.tensors_for(architecture.library)
     check_fit(architecture, tensors, str(path))
     warning = _warning(plan.coupling, path)
-    check_out(weights, path)
-    say(f"writing {out.name}")
-    write(weights, tensors, without_rewiring(source.metadata))
-    if folder:
-        write_texts(folder, companions)
+    # whatever refuses has refused by now: a folder is made for what will be in it
+    with _folder_for(folder, {weights.name, *companions}):
+        check_out(weights, path)
+        say(f"writing {out.name}")
+        write(weights, tensors, without_rewiring(source.metadata))
+        for name, text in companions.items() if folder else ():
+            write_text(weights.with_name(name), text)
     return Restored(path, out, architecture, plan.coupling, warning, source.size, weights.stat().st_size)
 
 
-def _weights_in(folder: Path, companions: Mapping[str, str]) -> Path:
-    """The file of the weights in a folder that is made for it, or holds what an earlier call wrote."""
-    weights = folder / "model.safetensors"
+@contextmanager
+def _folder_for(folder: Path | None, names: set[str]) -> Iterator[None]:
+    """A folder for files of these names, new or with what an earlier call wrote; a new one goes again on an error."""
+    if folder is None:
+        yield
+        return
+    there = folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        others = {path.name for path in folder.iterdir()} - {weights.name, *companions}
+        others = {path.name for path in folder.iterdir()} - names
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
     if others:
         raise CheckpointError(
             f"cannot write {folder}: there is more in it ({min(others)}); name a new folder (-o, out=)"
         )
-    return weights
+    try:
+        yield
+    except BaseException:
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _warning(spec: str, path: Path) -> str:

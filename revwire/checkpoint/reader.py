@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from revwire import libraries
+from revwire.checkpoint.disk import check_regular
 from revwire.checkpoint.folder import file_in, is_index, shards
+from revwire.checkpoint.limits import check_stored, check_unpacked
 from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
 
@@ -38,6 +40,7 @@ _WRAPPERS = (
     "net.",
     "state_dict.",
 )
+_DEPTH = 8  # entries within each other, of which training scripts make three at most
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # How other files begin that end up under a checkpoint's name, mostly by a download that went wrong.
 _OTHER_FILES = {
@@ -114,6 +117,7 @@ def read(path: str | Path) -> Source:
 
 
 def _head(path: Path) -> bytes:
+    check_regular(path)
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -188,6 +192,8 @@ def _read_torch(path: Path, *, mmap: bool) -> Source:
 
 def _loaded(path: Path, *, mmap: bool) -> Any:
     """The content of a torch file, of tensors and plain values."""
+    if mmap:
+        check_unpacked(path)
     try:
         # argparse.Namespace holds data only, and every training checkpoint of timm has one.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -202,7 +208,7 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
     entry, state = _state_dict(loaded)
     tensors = {}
     for name, value in state.items():
-        if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter) or value.is_sparse:
+        if not isinstance(name, str) or not _is_dense(value):
             raise CheckpointError(
                 f"{path} is not a state dict: its entry {str(name)[:100]!r} is a {type(value).__name__}, "
                 f"not a dense tensor; save the weights alone, torch.save(model.state_dict(), file)"
@@ -212,7 +218,15 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} is no state dict; save the weights, torch.save(model.state_dict(), file)"
         )
+    check_stored(path, tensors)
     return entry, tensors
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all there, each in its place."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested:
+        return False
+    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
@@ -235,11 +249,14 @@ def _state_dict(loaded: Any) -> tuple[str, Mapping[Any, Any]]:
     """The entry that holds the weights, in timm's order of preference, and its name: `ema.module`."""
     if not isinstance(loaded, Mapping):
         return "", {}
-    for entry in _ENTRIES:
-        if isinstance(loaded.get(entry), Mapping):
-            inner, state = _state_dict(loaded[entry])
-            return f"{entry}.{inner}" if inner else entry, state
-    return "", loaded
+    path: list[str] = []
+    for _ in range(_DEPTH):
+        entry = next((entry for entry in _ENTRIES if isinstance(loaded.get(entry), Mapping)), None)
+        if entry is None:
+            return ".".join(path), loaded
+        path.append(entry)
+        loaded = loaded[entry]
+    return "", {}  # it holds itself
 
 
 def _both(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:

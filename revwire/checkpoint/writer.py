@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from revwire.checkpoint.disk import check_regular, written_whole
 from revwire.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 _PIECE = 16 * 2**20  # bytes written at a time
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # The format's names of torch's kinds of number, in the order in which safetensors writes them: the widest first, so
 # that each begins at a multiple of its width.
 _DTYPES = {
@@ -64,6 +60,8 @@ def check_out(out: Path, source: Path | None = None) -> None:
             )
         if not out.parent.is_dir():
             raise CheckpointError(f"cannot write {out}: the folder {out.parent} does not exist")
+        if out.exists():
+            check_regular(out)
         if source is not None and out.exists() and out.samefile(source):
             raise CheckpointError(f"{out} is the input itself; name another output (-o, out=)")
     except (OSError, ValueError) as error:  # such as a folder we may not look into
@@ -86,56 +84,11 @@ def write(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         CheckpointError: A tensor has no bytes to write, or the disk refuses.
     """
     names, head = _header(tensors, metadata)
-    size = len(head) + sum(tensors[name].nbytes for name in names)
-    try:
-        free = shutil.disk_usage(out.parent).free
-        if free < size:
-            raise CheckpointError(_full(out, size, free))
-        # A folder of its own beside `out`: on the same disk, so that the last move is one step, and removed
-        # whatever happens, a keyboard interrupt included.
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".revwire-") as folder:
-            part = Path(folder) / "part"
-            with part.open("wb") as file:  # with the mode that files usually get
-                file.write(head)
-                for name in names:
-                    for piece in _bytes_of(tensors[name]):
-                        file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(_full(out, size)) from error
-        hint = ": name another output (-o, out=)" if error.errno in _READ_ONLY else ""
-        raise CheckpointError(f"cannot write {out}: {error.strerror or error}{hint}") from error
-
-
-def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write small files into a folder, each whole or not at all.
-
-    Args:
-        folder: The folder; it is there.
-        texts: Content by file name.
-
-    Raises:
-        CheckpointError: The disk refuses.
-    """
-    try:
-        for name, text in texts.items():
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".revwire-") as temporary:
-                part = Path(temporary) / "part"
-                part.write_text(text, "utf-8")
-                part.replace(folder / name)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
-
-
-def _full(out: Path, size: int, free: int | None = None) -> str:
-    left = "" if free is None else f" and {free / 2**20:.0f} MiB are free"
-    return (
-        f"cannot write {out}: the disk is full, the file takes {size / 2**20:.0f} MiB{left}; free some, or name "
-        f"an output elsewhere (-o, out=)"
-    )
+    with written_whole(out, len(head) + sum(tensors[name].nbytes for name in names)) as file:
+        file.write(head)
+        for name in names:
+            for piece in _bytes_of(tensors[name]):
+                file.write(piece)
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:

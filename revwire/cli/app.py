@@ -7,17 +7,15 @@ torch and timm are imported inside the commands, so that `--help` and usage erro
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from revwire.cli.ending import ended_in_order
 from revwire.cli.options import (
     _COUPLINGS,
     Amp,
@@ -30,6 +28,7 @@ from revwire.cli.options import (
     ModelArgument,
     Target,
 )
+from revwire.cli.terminal import Terminal, shown
 from revwire.cli.values import finite, parse_arguments, parse_size
 from revwire.errors import RevwireError
 
@@ -66,6 +65,7 @@ def _write_page(
     options: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
+    from revwire.checkpoint.disk import write_text
     from revwire.cli.models import batch_of
     from revwire.cli.page import page
     from revwire.measure.estimate import estimate as of_steps
@@ -82,11 +82,8 @@ def _write_page(
             strategies=ways,
             progress=lambda way: say(f"estimating {name}: {way}"),
         )
-    try:
-        path.write_text(page(name, made, found), "utf-8")
-    except OSError as error:
-        raise RevwireError(f"cannot write {path}: {error.strerror}") from error
-    typer.echo(f"written: {path}", err=True)
+    write_text(path, page(name, made, found))
+    typer.echo(shown(f"written: {path}"), err=True)
 
 
 def _version(asked: bool) -> None:
@@ -247,14 +244,15 @@ def estimate(
     epilog="Example: revwire convert model.safetensors; "
     "revwire convert model.pth --arch torchvision/swin_t; revwire convert hf-hub:timm/resnet50.a1_in1k; "
     "revwire convert model.safetensors --coupling 'momentum(gamma=0.5)' --exact; "
-    "revwire convert trained.revwire.safetensors --to original"
+    "revwire convert trained.revwire.safetensors --to original; "
+    "curl -L URL | revwire convert - -o model.revwire.safetensors"
 )
 def convert(
     file: Annotated[
         str,
         typer.Argument(
             metavar="FILE",
-            help="The checkpoint: safetensors, .pth or .bin, a folder with one, or hf-hub:NAME.",
+            help="The checkpoint: safetensors, .pth or .bin, a folder with one, hf-hub:NAME, or - for standard input.",
         ),
     ],
     out: Annotated[
@@ -275,23 +273,24 @@ def convert(
     The architecture is told by the file, by a config.json beside it, or by the names and shapes of its tensors.
     """
     arguments = parse_arguments(model_args)
-    with _working(f"converting {file}") as say, _ended_in_order():
+    with _working(f"converting {file}") as say:
         from revwire import checkpoint
 
-        if to is Target.original:
-            back = checkpoint.to_original(file, out, arch=arch, model_args=arguments, progress=say)
-            _print(back, as_json=as_json)
-            return
-        done = checkpoint.convert(
-            file,
-            out,
-            arch=arch,
-            model_args=arguments,
-            coupling=coupling,
-            exact=exact,
-            verify=check,
-            progress=say,
-        )
+        with _on_disk(file, out) as path:
+            if to is Target.original:
+                back = checkpoint.to_original(path, out, arch=arch, model_args=arguments, progress=say)
+                _print(back, as_json=as_json)
+                return
+            done = checkpoint.convert(
+                path,
+                out,
+                arch=arch,
+                model_args=arguments,
+                coupling=coupling,
+                exact=exact,
+                verify=check,
+                progress=say,
+            )
     _print(done, as_json=as_json)
     if not done.ok:
         _fail("the verification failed, nothing was written")
@@ -317,29 +316,30 @@ def main() -> None:
 @contextmanager
 def _working(text: str) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr while a command works; an expected error ends it with one line and exit code 1."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     try:
-        with console.status(escape(text)) as status:
+        with ended_in_order(), console.status(escape(text)) as status:
             yield lambda step: status.update(escape(step))
     except RevwireError as error:
         _fail(str(error))
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM, which a scheduler ends jobs with, removes what is half written, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
+def _on_disk(file: str, out: Path | None) -> Iterator[str | Path]:
+    """The checkpoint that FILE names; what comes through standard input is kept beside the output meanwhile."""
+    from revwire.checkpoint.disk import STDIN, standard_input
+
+    if file != STDIN:
+        yield file
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if out is None or not out.absolute().parent.is_dir():
+        raise RevwireError("of standard input there is no name to call the output after: name one (-o FILE)")
+    with standard_input(out.absolute().parent) as path:
+        yield path
 
 
 def _fail(text: str) -> None:
-    typer.echo(f"revwire: {' '.join(text.split())}", err=True)
+    typer.echo(shown(f"revwire: {' '.join(text.split())}"), err=True)
     raise typer.Exit(1)
 
 
@@ -347,4 +347,4 @@ def _print(result: _Result, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(finite(result.to_dict()), indent=2, allow_nan=False))
     else:
-        Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE).print(result)
+        Terminal(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE).print(result)

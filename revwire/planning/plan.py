@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, MinLen
 
 from revwire.errors import RewireError
+from revwire.planning.schema import Strict, read
 from revwire.printing import Printed
-from revwire.run.options import Mode
+from revwire.run.options import Mode  # noqa: TC001 - read off the annotations
 from revwire.run.slices import Slices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import Console, ConsoleOptions, RenderResult
-
-_Data = TypeVar("_Data", "Step", "Skipped", "Joined")
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Strict):
     """One residual addition, `x[i+1] = a*x[i-1] + b*x[i] + c*F(x[i])` once rewired.
 
     Attributes:
@@ -48,7 +47,7 @@ class Step:
     """
 
     module: str
-    residual: int
+    residual: Annotated[int, Ge(0)]
     trunk: tuple[int, ...]
     branch: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
@@ -57,8 +56,8 @@ class Step:
     block: bool = False
     line: str = ""
     mode: Mode = "reverse"
-    slices: int = 1
-    slice_dim: int = 0
+    slices: Annotated[int, Ge(1)] = 1
+    slice_dim: Annotated[int, Ge(-1)] = 0
     sliced_sides: tuple[bool, ...] = ()
     inside: bool = False
 
@@ -78,7 +77,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(Strict):
     """Steps that follow each other on one trunk; only what enters and what leaves is kept for backward.
 
     Attributes:
@@ -86,7 +85,7 @@ class Chain:
         open: Whether it hands on both streams, to a module of `Plan.recomputed`.
     """
 
-    steps: tuple[Step, ...]
+    steps: Annotated[tuple[Step, ...], MinLen(1)]
     open: bool = False
 
     @property
@@ -97,7 +96,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class Skipped(Strict):
     """A residual-looking place that stays as it is, and why, in plain words."""
 
     module: str
@@ -105,7 +104,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Strict):
     """Children that one module's forward calls one after the other, to run again in backward as one.
 
     Attributes:
@@ -114,7 +113,7 @@ class Joined:
     """
 
     module: str
-    children: tuple[str, ...]
+    children: Annotated[tuple[str, ...], MinLen(1)]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -128,7 +127,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Plan(Printed):
+class Plan(Printed, Strict):
     """What `rewire` does to one model. Print it, compare it, or keep it as JSON (`to_json`, `from_json`).
 
     Attributes:
@@ -154,9 +153,9 @@ class Plan(Printed):
     joined: tuple[Joined, ...] = ()
 
     @property
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> tuple[Step, ...]:
         """All steps of all chains, in the order they run."""
-        return (step for chain in self.chains for step in chain.steps)
+        return tuple(step for chain in self.chains for step in chain.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready dicts and lists."""
@@ -173,29 +172,7 @@ class Plan(Printed):
         Raises:
             RewireError: `data` is not a plan; the message names the field at fault.
         """
-        if not isinstance(data, dict):
-            raise RewireError(f"not a plan: a JSON object is needed, found {type(data).__name__}")
-        try:
-            chains = tuple(
-                Chain(tuple(_read(Step, s) for s in c["steps"]), bool(c.get("open", False)))
-                for c in data["chains"]
-            )
-            skipped = tuple(_read(Skipped, s) for s in data.get("skipped", ()))
-            exact, warnings = data.get("exact", False), tuple(map(str, data.get("warnings", ())))
-            unsliced = tuple(_read(Skipped, s) for s in data.get("unsliced", ()))
-            recomputed = tuple(map(str, data.get("recomputed", ())))
-            joined = tuple(_read(Joined, j) for j in data.get("joined", ()))
-            own = str(data["model"]), str(data["coupling"])
-            read = cls(*own, chains, skipped, exact, warnings, unsliced, recomputed, joined)
-        except (KeyError, TypeError) as error:
-            raise RewireError(f"not a plan: {error}") from error
-        if bad := next(
-            (step for step in read.steps if step.mode not in get_args(Mode) or step.slices < 1), None
-        ):
-            raise RewireError(f"not a plan: {bad.name} has mode {bad.mode!r} and {bad.slices} slices")
-        if not isinstance(exact, int):
-            raise RewireError(f"not a plan: 'exact' is {exact!r}, not true, false or a number of bits")
-        return read
+        return read(Plan, data)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -205,9 +182,10 @@ class Plan(Printed):
             RewireError: `text` is not JSON, or not a plan.
         """
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise RewireError(f"not a plan: {error}") from error
+        return cls.from_dict(data)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape
@@ -249,14 +227,6 @@ def _alike(skipped: tuple[Skipped, ...]) -> list[list[Skipped]]:
     for place in skipped:
         groups.setdefault(re.sub(r"\d+", "#", f"{place.module}: {place.reason}"), []).append(place)
     return list(groups.values())
-
-
-def _read(cls: type[_Data], data: dict[str, Any]) -> _Data:
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(data) - known):
-        raise KeyError(f"unknown field {unknown[0]!r} of {cls.__name__}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return cls(**values)
 
 
 def _plural(count: int, noun: str) -> str:

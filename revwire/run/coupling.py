@@ -24,6 +24,9 @@ from revwire.run.recurrence import Weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_LARGEST = 2.0**15
+"""Of a coefficient: beyond it streams leave the range of half precision at once."""
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -38,7 +41,8 @@ class Coupling:
         c: Weight of the branch's output, `F_i(x[i])`.
 
     Raises:
-        RewireError: coefficients that are not finite, a branch that is not used, or a = 0 for another network.
+        RewireError: coefficients that are not finite or leave float16's range, a branch that is not used, or a = 0 for
+            another network.
     """
 
     a: float
@@ -49,9 +53,9 @@ class Coupling:
     """The parameter that decides |a|, for messages."""
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(weight) for weight in (self.a, self.b, self.c)) or not self.c:
+        if not all(abs(weight) <= _LARGEST for weight in (self.a, self.b, self.c)) or not self.c:
             raise RewireError(
-                f"{self!r}: a, b and c must be finite, and c not 0 (the branches would not count)"
+                f"{self!r}: a, b and c must be within {_LARGEST:g}, and c not 0 (the branches would not count)"
             )
         if not self.a and (self.b, self.c) != (1, 1):
             raise RewireError(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import revwire
-from revwire.checkpoint import writer
+from revwire.checkpoint import disk, writer
 from revwire.errors import CheckpointError
 from tests.helpers.programs import python, started
 
@@ -86,7 +86,7 @@ def test_a_disk_that_refuses_in_the_middle_leaves_nothing(large, tmp_path):
 
 
 def test_a_disk_too_small_is_seen_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: resource_like(free=3 * MIB))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: resource_like(free=3 * MIB))
     with pytest.raises(CheckpointError, match=r"the disk is full, the file takes 4 MiB and 3 MiB are free"):
         writer.write(tmp_path / "out.safetensors", {"w": torch.ones(MIB)}, {})
     assert list(tmp_path.iterdir()) == []
@@ -107,9 +107,9 @@ def resource_like(free):
 )
 def test_what_the_disk_says_is_one_line(tmp_path, monkeypatch, code, words):
     def refuse(*_, **__):
-        raise OSError(code, writer.os.strerror(code))
+        raise OSError(code, disk.os.strerror(code))
 
-    monkeypatch.setattr(writer.os, "fsync", refuse)
+    monkeypatch.setattr(disk.os, "fsync", refuse)
     with pytest.raises(CheckpointError, match=words) as caught:
         writer.write(tmp_path / "out.safetensors", {"w": torch.ones(3)}, {})
     assert "\n" not in str(caught.value)

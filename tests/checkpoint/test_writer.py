@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from revwire.checkpoint import writer
+from revwire.checkpoint import disk, writer
 from revwire.errors import CheckpointError
 from tests.helpers.checkpoints import convert, same_bits
 
@@ -50,7 +50,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(weights, monkeypatc
     out.write_bytes(b"the old file")
     before = set(weights.parent.iterdir())
     # all bytes are written by then, into another place
-    monkeypatch.setattr(writer.os, "fsync", failing(interruption))
+    monkeypatch.setattr(disk.os, "fsync", failing(interruption))
     expected = CheckpointError if isinstance(interruption, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="no space left on device" if expected is CheckpointError else None):
         convert(weights, out)

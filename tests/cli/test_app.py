@@ -106,7 +106,7 @@ def test_plan_of_a_file(weights):
 
 def test_plan_at_another_input_size():
     text = succeed("plan", "resnet18", "--input-size", "3x64x64", "--json").stdout
-    assert next(revwire.Plan.from_json(text).steps).trunk[1:] == (64, 16, 16)
+    assert revwire.Plan.from_json(text).steps[0].trunk[1:] == (64, 16, 16)
 
 
 def test_plan_of_a_model_with_nothing_to_rewire_answers_too():

@@ -47,11 +47,12 @@ def test_json_round_trip(plan):
     ("text", "says"),
     [
         ("{", "not a plan"),
-        ("[]", "a JSON object is needed"),
-        ('{"model": "M", "coupling": "re2tal"}', "'chains'"),
+        ("[]", "Input should be an object"),
+        ("[" * 100_000, "not a plan: .*recursion"),
+        ('{"model": "M", "coupling": "re2tal"}', "chains: Field required"),
         (
             '{"model": "M", "coupling": "re2tal", "chains": [{"steps": [{"moduel": "a"}]}]}',
-            "unknown field 'moduel'",
+            r"chains.0.steps.0.module: Field required",
         ),
     ],
 )

@@ -46,8 +46,8 @@ def page(name: str, plan: Plan, estimates: Estimates | None = None) -> str:
         title=escape(name),
         style=beside.joinpath("style.css").read_text("utf-8"),
         script=beside.joinpath("script.js").read_text("utf-8"),
-        # in a script element only "</" ends the text
-        steps=json.dumps(steps).replace("</", "<\\/"),
+        # in a script element "</script" ends the text, and "<!--<script" changes what does
+        steps=json.dumps(steps).replace("<", "\\u003c"),
         summary=_summary(plan, estimates),
         memory="" if estimates is None else _memory(estimates),
         wiring="".join(wiring(chain) for chain in plan.chains) or "<p>Nothing of it is rewired.</p>",
