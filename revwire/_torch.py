@@ -45,6 +45,7 @@ __all__ = [
     "active_fake_mode",
     "at_end_of_backward",
     "backward_pass",
+    "fake_results_forgotten",
     "float32_precision",
     "function_modes",
     "is_traceable_wrapper_subclass",
@@ -121,6 +122,22 @@ def scripts_as_written() -> AbstractContextManager[None]:
 def active_fake_mode() -> FakeTensorMode | None:
     """The fake mode that operations run in now; entering another one hides it."""
     return cast("FakeTensorMode | None", torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE))
+
+
+@contextmanager
+def fake_results_forgotten() -> Iterator[None]:
+    """What operations on fake tensors gave within the block is not remembered after it.
+
+    torch keeps it by shapes for as long as the process lives: memory without end for whoever feeds a model another
+    shape in every step.
+    """
+    before = len(FakeTensorMode.cache)
+    try:
+        yield
+    finally:
+        # in the order in which it came; what another thread has added meanwhile it can find out again
+        for key in list(FakeTensorMode.cache)[before:]:
+            FakeTensorMode.cache.pop(key, None)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from examples.re2tal.data.annotations import AnnotationError, Annotations, read_annotations
+from examples.re2tal.console import ended_by_errors, terminal
+from examples.re2tal.data.annotations import Annotations, read_annotations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,18 +41,15 @@ def main(
 
     Example: python -m examples.re2tal.annotations thumos_14_anno.json --classes category_idx.txt
     """
-    try:
+    with ended_by_errors():
         annotations = read_annotations(file, classes=classes, blocked=blocked)
-    except AnnotationError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
     table = Table(title=f"{file.name}: {len(annotations.classes)} classes", title_justify="left")
     table.add_column("subset")
     for heading in ("videos", "length", "actions", "mean length"):
         table.add_column(heading, justify="right")
     for row in _rows(annotations):
         table.add_row(*row)
-    console = Console()
+    console = terminal()
     console.print(table)
     for reason, count in annotations.dropped.items():
         console.print(f"left out: {count} {reason}")

@@ -10,11 +10,10 @@ from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from examples.re2tal.config import thresholds
+from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.data.annotations import read_annotations
-from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.metrics import evaluate, recall_at
 from examples.re2tal.evaluation.postprocess import read_submission
 from examples.re2tal.report.table import table_of
@@ -39,15 +38,12 @@ def main(
 
     Example: python -m examples.re2tal.evaluate thumos_14_anno.json predictions.json --tiou 0.3:0.1:0.7
     """
-    try:
+    with ended_by_errors(ValueError):
         truth = read_annotations(ground_truth, classes=classes, blocked=blocked)
         results, unknown = read_submission(predictions, truth.classes)
         values = thresholds(tiou)
         found = evaluate(truth, results, subset=subset, tiou=values, drop_duplicates=drop_duplicates)
         recall = recall_at(truth, results, subset=subset, tiou=values)
-    except (Re2TALError, ValueError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
     strangers = len(results.keys() - truth.blocked - {video.id for video in truth.subset(subset)})
     if as_json:
         print(
@@ -65,7 +61,7 @@ def main(
             )
         )
         return
-    console = Console()
+    console = terminal()
     console.print(table_of(found, by_class=True))
     if unknown:
         console.print(f"left out: {unknown} predictions of labels that the annotations do not have")

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 import revwire
+from examples.re2tal.console import terminal
 from examples.re2tal.training.memory import estimates_of
+from revwire.checkpoint.disk import write_text
 
 
 def main(
@@ -28,11 +29,11 @@ def main(
     found = {}
     for name in configs:
         estimates = estimates_of(name)
-        Console().print(estimates)
+        terminal().print(estimates)
         found[name] = estimates.to_dict()
     if out is not None:
         about = {"torch": torch.__version__, "revwire": revwire.__version__, "counted": "on fake tensors"}
-        out.write_text(json.dumps({**about, "estimates": found}, indent=1) + "\n", encoding="utf-8")
+        write_text(out, json.dumps({**about, "estimates": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.distributed.world import joined
-from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.inference import detect_in_file
 from examples.re2tal.report.timeline import draw
 from examples.re2tal.training.setup import trained
-from revwire.errors import RevwireError
 
 
 def main(
@@ -33,13 +31,10 @@ def main(
 
     Example: python -m examples.re2tal.predict runs/synthetic VIDEO.mp4 --threshold 0.5 --png actions.png
     """
-    try:
+    with ended_by_errors():
         config, classes, detector = trained(run)
         with joined(device) as world:
             found, duration = detect_in_file(video, detector.to(world.device), config, classes, world)
-    except (Re2TALError, RevwireError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
     sure = found.surest(threshold)
     if png is not None:
         draw(png, sure, classes, duration)
@@ -57,7 +52,7 @@ def main(
     for row in sorted(rows, key=lambda row: row["segment"]):
         start, end = row["segment"]
         table.add_row(f"{start:.1f}", f"{end:.1f}", f"{row['score']:.2f}", row["label"])
-    Console().print(table)
+    terminal().print(table)
 
 
 if __name__ == "__main__":

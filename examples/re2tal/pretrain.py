@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from examples.re2tal.config import read_config
-from examples.re2tal.errors import Re2TALError
+from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.training.pretraining import pretrain
-from revwire.errors import RevwireError
 
 
 def main(
@@ -28,14 +26,11 @@ def main(
 
     Example: python -m examples.re2tal.pretrain synthetic memory.strategy=rewired
     """
-    try:
+    with ended_by_errors():
         path, accuracy = pretrain(read_config(config, overrides or []), device)
-    except (Re2TALError, RevwireError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    console = Console()
-    console.print(f"{accuracy:.1%} of the held-out actions are named rightly", highlight=False)
-    console.print(f"weights: {path}; train with backbone.weights={path}", highlight=False, soft_wrap=True)
+    console = terminal()
+    console.print(f"{accuracy:.1%} of the held-out actions are named rightly")
+    console.print(f"weights: {path}; train with backbone.weights={path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

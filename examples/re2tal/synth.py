@@ -12,10 +12,11 @@ from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
+from examples.re2tal.console import terminal
 from examples.re2tal.data.synth import CLASSES, make, videos
+from revwire.checkpoint.disk import write_text
 
 
 def main(
@@ -29,7 +30,7 @@ def main(
 
     Example: python -m examples.re2tal.synth data/small --videos 40 --held-out 10
     """
-    console, wanted = Console(), videos(training, held_out, seed)
+    console, wanted = terminal(), videos(training, held_out, seed)
     folder = out / "videos"
     folder.mkdir(parents=True, exist_ok=True)
     made: dict[str, dict[str, Any]] = {}
@@ -39,11 +40,9 @@ def main(
             made[jobs[job]] = job.result()
     database = {video.id: made[video.id] for video in wanted}
     text = json.dumps({"version": f"synthetic, seed {seed}", "database": database}, indent=1)
-    (out / "annotations.json").write_text(text, encoding="utf-8")
+    write_text(out / "annotations.json", text)
     actions = sum(len(entry["annotations"]) for entry in database.values())
-    console.print(
-        f"{len(database)} videos with {actions} actions of {len(CLASSES)} classes in {out}", highlight=False
-    )
+    console.print(f"{len(database)} videos with {actions} actions of {len(CLASSES)} classes in {out}")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from examples.re2tal.config import Config, read_config
+from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.distributed.world import joined
-from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.postprocess import write_submission
 from examples.re2tal.report.page import write_report
 from examples.re2tal.report.table import table_of
 from examples.re2tal.training.logs import Log, history
 from examples.re2tal.training.trainer import Outcome, Trainer
-from revwire.errors import RevwireError
+from revwire.checkpoint.disk import write_text
 
 
 def run(config: Config, device: str = "auto") -> Outcome:
@@ -63,7 +62,7 @@ def _write(config: Config, trainer: Trainer, outcome: Outcome) -> None:
         history=history(config.output / "log.jsonl"),
         title=str(config.output),
     )
-    (config.output / "results.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    write_text(config.output / "results.json", json.dumps(figures, indent=1))
 
 
 def main(
@@ -75,15 +74,12 @@ def main(
 
     Example: python -m examples.re2tal.train synthetic memory.strategy=plain output=runs/plain
     """
-    try:
+    with ended_by_errors():
         settings = read_config(config, overrides or [])
         outcome = run(settings, device)
-    except (Re2TALError, RevwireError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    console = Console()
+    console = terminal()
     console.print(table_of(outcome.evaluation))
-    console.print(f"report: {Path(settings.output) / 'report.html'}", highlight=False)
+    console.print(f"report: {Path(settings.output) / 'report.html'}")
 
 
 if __name__ == "__main__":

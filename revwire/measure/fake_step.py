@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revwire._torch import FakeTensorMode, quiet_fake_tensors
+from revwire._torch import FakeTensorMode, fake_results_forgotten, quiet_fake_tensors
 from revwire.errors import RevwireError
 from revwire.libraries.inputs import call_arguments
 from revwire.measure.live_bytes import LiveBytes
@@ -124,7 +124,7 @@ class TrainingStep:
         if self.optimizer is None or not trainable(model):
             return Optimization(0, 0)
         shapes = [parameter.detach() for parameter in trainable(model)]
-        with quiet_fake_tensors(), FakeTensorMode(), LiveBytes() as meter:
+        with fake_results_forgotten(), quiet_fake_tensors(), FakeTensorMode(), LiveBytes() as meter:
             stand_ins = [nn.Parameter(empty_like(shape, device=self.device)) for shape in shapes]
             for parameter in stand_ins:
                 parameter.grad = torch.empty_like(parameter)
@@ -137,7 +137,12 @@ class TrainingStep:
 
     def run(self, prepared: nn.Module, optimization: Optimization) -> Figures:
         """The figures of one model made ready, and optimized like that."""
-        with quiet_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        with (
+            fake_results_forgotten(),
+            quiet_fake_tensors(),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            Meter() as meter,
+        ):
             stand_in = partial(empty_like, device=self.device)
             model = moved(prepared, stand_in)
             of_model = meter.live

@@ -60,7 +60,7 @@ class Dials:
         for name, globs in (("chunks", chunks), ("keep", keep), ("anchor", anchor)):
             for glob in globs:
                 if plan.chains and not any(_matches(step, glob) for step in plan.steps):
-                    known = ", ".join(step.name for step in list(plan.steps)[:4])
+                    known = ", ".join(step.name for step in plan.steps[:4])
                     raise RewireError(f"{name}: no step matches {glob!r}; steps are named {known}, ...")
         chains = []
         for chain in plan.chains:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -28,8 +29,23 @@ if TYPE_CHECKING:
     from revwire.planning.plan import Plan, Step
     from revwire.run.options import Options
 
-_Maker = TypeVar("_Maker", bound=Callable[..., Any])
-_once = cast("Callable[[_Maker], _Maker]", functools.cache)  # classes are hashable, whatever their stubs say
+_Maker = TypeVar("_Maker", bound=Callable[[Any], type[nn.Module]])
+
+
+def _once(make: _Maker) -> _Maker:
+    """A maker of subclasses that makes one for each class, which lives as long as a module is of it.
+
+    Held weakly, as a subclass holds its class: a class made for one model goes with the model.
+    """
+    made: WeakValueDictionary[int, type[nn.Module]] = WeakValueDictionary()
+
+    @functools.wraps(make)
+    def get(cls: Any) -> type[nn.Module]:
+        if (known := made.get(id(cls))) is None:  # nothing else has this id while a subclass of it is there
+            known = made[id(cls)] = make(cls)
+        return known
+
+    return cast("_Maker", get)
 
 
 @one_at_a_time

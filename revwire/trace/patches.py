@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from revwire._torch import CheckpointFrame
+from revwire._torch import CheckpointFrame, fake_results_forgotten
 from revwire.pytree import tree_leaves
 from revwire.trace.code import Bypass
 from revwire.trace.frame import TraceFailure
@@ -25,7 +26,35 @@ if TYPE_CHECKING:
     from revwire.trace.tracer import FrameTracer
 
 
-TRACING = threading.RLock()
+class _OneAtATime:
+    """A lock that a thread may take several times over; nothing is left in torch's caches when it is free again."""
+
+    def __init__(self) -> None:
+        self._free()
+        if hasattr(os, "register_at_fork"):
+            # a process that was forked while another thread traced would wait for it for ever
+            os.register_at_fork(after_in_child=self._free)
+
+    def _free(self) -> None:
+        if getattr(self, "_owner", None) != get_ident():
+            self._lock, self._owner = threading.RLock(), 0
+            self._within: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._owner = get_ident()
+        self._within.append(nullcontext() if self._within else fake_results_forgotten())
+        self._within[-1].__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._within.pop().__exit__(None, None, None)
+        finally:
+            self._owner = get_ident() if self._within else 0
+            self._lock.release()
+
+
+TRACING = _OneAtATime()
 """One at a time plans, rewires or traces: what is patched meanwhile is patched in one place for all threads."""
 
 

@@ -119,7 +119,7 @@ def test_in_a_browser(written, scheme, width):
         assert (first == "rgb(255, 255, 255)") == (scheme == "light")
         # the page itself does not scroll sideways, on a phone either: only its wide pictures do
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        step = next(iter(plan.steps))
+        step = plan.steps[0]
         tab.locator(".step").nth(0).click()
         told = tab.locator("#told")
         assert told.is_visible()

@@ -88,7 +88,7 @@ def agrees(make, x, *, steps, seed=0, read=lambda output: output):
         original = make().double().train(training)
         rewritten = rewired(make().double(), x, Original()).train(training)
         rewritten.load_state_dict(original.state_dict())
-        assert sum(1 for _ in revwire.plan_of(rewritten).steps) == steps
+        assert len(revwire.plan_of(rewritten).steps) == steps
         outputs = []
         for model in (original, rewritten):
             torch.manual_seed(seed)

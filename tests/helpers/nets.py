@@ -219,7 +219,7 @@ def assert_same(wanted, found, tolerance=1e-10):
 def _rewired(name, dropout):
     kind = NETS[name]
     model = revwire.rewire(kind.build(dropout), kind.input())
-    assert sum(1 for _ in revwire.plan_of(model).steps) == kind.steps
+    assert len(revwire.plan_of(model).steps) == kind.steps
     return model
 
 

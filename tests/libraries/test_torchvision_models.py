@@ -115,7 +115,7 @@ def test_a_video_model(saved):
     _, path = saved("mc3_18", num_classes=2)
     done = convert(path)
     assert done.architecture.spec == "torchvision/mc3_18"
-    assert next(done.plan.steps).trunk[2:] == (16, 56, 56)
+    assert done.plan.steps[0].trunk[2:] == (16, 56, 56)
 
 
 def test_a_tie_is_chosen_from_by_name(saved):

@@ -15,7 +15,6 @@ could name carry `Ambiguous`, which is neither trained on nor evaluated.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 IGNORED = ("Ambiguous",)
+_MOST_CLASSES = 100_000
+"""The largest data sets of video have some thousands."""
+_LARGEST = 1e12
+"""Of a time, a rate or a number of frames."""
 
 
 class AnnotationError(Re2TALError):
@@ -226,17 +229,24 @@ def _classes(
         by_index = {index: label for label, index in ids.items()}
         if len(by_index) < len(ids):
             raise AnnotationError("two classes have the same label_id")
+        if max(by_index) >= _MOST_CLASSES:
+            label = by_index[max(by_index)]
+            raise AnnotationError(
+                f"label_id of {label!r} is {ids[label]}; at most {_MOST_CLASSES} classes are read"
+            )
         # an index that no segment uses still takes its place
         return tuple(by_index.get(i, f"(class {i})") for i in range(max(by_index) + 1))
     return tuple(sorted(labels))
 
 
 def _json(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        raise AnnotationError(f"{path} is no regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AnnotationError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{path} is not JSON: {error}") from None
 
 
@@ -253,6 +263,7 @@ def _strings(value: Any, where: str) -> list[str]:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AnnotationError(f"{where} is {value!r}, not a number")
+    # an integer can be too large for a float
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise AnnotationError(f"{where} is {str(value)[:40]}, not a number below {_LARGEST:g}")
     return float(value)

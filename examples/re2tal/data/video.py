@@ -265,6 +265,8 @@ def _scan(path: Path) -> _Index:
         if not container.streams.video:
             raise VideoError(path, "there is no video in it")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoError(path, "this FFmpeg does not know its codec; convert the video")
         packets = [packet for packet in container.demux(stream) if packet.size]
         # pictures that an edit list hides are decoded, as others need them, and never shown
         shown = {packet.pts: packet.duration or 0 for packet in packets if not packet.is_discard}
@@ -287,7 +289,7 @@ def _scan(path: Path) -> _Index:
 
 def _opened(path: Path) -> InputContainer:
     if not path.is_file():
-        raise VideoError(path, "there is no such file")
+        raise VideoError(path, "it is no regular file" if path.exists() else "there is no such file")
     if not path.stat().st_size:
         raise VideoError(path, "it is empty")
     # a title that is not UTF-8 must not keep the pictures from being read

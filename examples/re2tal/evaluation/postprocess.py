@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from examples.re2tal.errors import Re2TALError
+from revwire.checkpoint.disk import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -213,7 +214,7 @@ def write_submission(path: str | Path, results: Mapping[str, Detections], classe
         for key, d in results.items()
     }
     data = {"version": "VERSION 1.3", "results": found, "external_data": {}}
-    Path(path).write_text(json.dumps(data), encoding="utf-8")
+    write_text(Path(path), json.dumps(data))
 
 
 def read_submission(path: str | Path, classes: Sequence[str]) -> tuple[dict[str, Detections], int]:

@@ -9,11 +9,10 @@ from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from examples.re2tal.config import thresholds
+from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.data.annotations import read_annotations
-from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.postprocess import read_submission
 from examples.re2tal.report.page import write_report
 
@@ -30,16 +29,13 @@ def main(
 
     Example: python -m examples.re2tal.report truth.json predictions.json report.html --videos videos
     """
-    try:
+    with ended_by_errors(ValueError):
         truth = read_annotations(ground_truth)
         results, _ = read_submission(predictions, truth.classes)
         found = write_report(
             out, truth, results, subset=subset, tiou=thresholds(tiou), videos=videos, title=predictions.name
         )
-    except (Re2TALError, ValueError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    Console().print(f"{out}: average mAP {found.average_mAP:.4f}", highlight=False)
+    terminal().print(f"{out}: average mAP {found.average_mAP:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from examples.re2tal.data.dataset import found_files
 from examples.re2tal.data.video import VideoError, open_video, shown_at
 from examples.re2tal.evaluation.diagnosis import KINDS, profile
 from examples.re2tal.evaluation.metrics import Evaluation, match
+from revwire.checkpoint.disk import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,10 +83,10 @@ def write_report(
         script=(beside / "script.js").read_text(encoding="utf-8"),
         average=f"{evaluation.average_mAP:.3f}",
         facts=_facts(truth, results, subset, found),
-        # in a script element only "</" ends the text
-        data=json.dumps(data).replace("</", "<\\/"),
+        # in a script element "</script" ends the text, and "<!--<script" changes what does
+        data=json.dumps(data).replace("<", "\\u003c"),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(Path(path), page)
     return evaluation
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from examples.re2tal.errors import Re2TALError
+from revwire.checkpoint.disk import written_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,21 +51,23 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, and remove all but the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with written_whole(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's writer names its own place instead of what the disk said
+        raise Re2TALError(f"cannot write {path}: {_said_by_disk(error)}") from error
     for old in _all(folder)[:-keep]:
         old.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is never seen half written."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _said_by_disk(error: BaseException) -> str:
+    """What the operating system said, where an error came of that."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__context__
+    return f"the disk is full or refuses ({str(error).splitlines()[0]})"
 
 
 def latest(folder: Path) -> dict[str, Any] | None:

@@ -8,10 +8,10 @@ import resource
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.re2tal.training.checkpoints import write_whole
+from examples.re2tal.console import terminal
+from revwire.checkpoint.disk import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ class Log:
 
     def __init__(self, folder: Path, *, enabled: bool, step: int, total: int, quiet: bool = False) -> None:
         self._enabled = enabled
-        self.console = Console(stderr=True, quiet=quiet or not enabled)
+        self.console = terminal(stderr=True, quiet=quiet or not enabled)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(8),
@@ -50,7 +50,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         lines = [line for line in history(path) if line["step"] <= step] if step else []
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -74,7 +74,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def __enter__(self) -> Self:
         """Show the progress bar."""

@@ -28,6 +28,7 @@ from examples.re2tal.training import checkpoints
 from examples.re2tal.training.logs import Log, peak_gib
 from examples.re2tal.training.optim import Average, optimizer_of, saved_buffers, schedule
 from examples.re2tal.training.setup import annotations_of, clips_of, detector_of
+from revwire.checkpoint.disk import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -107,7 +108,7 @@ class Trainer:
         if world.is_first:
             config.output.mkdir(parents=True, exist_ok=True)
             settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            checkpoints.write_whole(config.output / _SETTINGS, settings)
+            write_text(config.output / _SETTINGS, settings)
 
     @property
     def folder(self) -> Path:

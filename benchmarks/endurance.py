@@ -1,0 +1,131 @@
+"""Whether memory stays flat over a long life: new shapes, new classes, and steps without end.
+
+    python -m benchmarks.endurance --help
+
+Each life runs in a process of its own, and its resident memory is read after a tenth of it (torch's own pools have
+filled by then) and at its end. Flat is what has grown by less than `FLAT` bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from torch import nn
+
+import revwire
+from benchmarks.shared import result_files, terminal
+from revwire.printing import in_words
+
+FLAT = 20 * 2**20
+WIDTH = 16
+
+
+class Block(nn.Module):
+    """A residual block whose code looks at the shape: each new one is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Doubles what is longer than any input here."""
+        if x.shape[1] > 10**6:
+            x = x * 2
+        return x + self.branch(x)
+
+
+def _net(block: Callable[[], nn.Module], depth: int = 3) -> nn.Module:
+    return nn.Sequential(*(block() for _ in range(depth)))
+
+
+def _step(model: nn.Module, length: int) -> None:
+    model(torch.randn(1, length, WIDTH)).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def shapes(count: int) -> Callable[[int], None]:
+    """A step on an input of another length each time."""
+    del count
+    model = revwire.rewire(_net(Block), torch.zeros(2, 5, WIDTH))
+    return lambda number: _step(model, number + 2)
+
+
+def rewirings(count: int) -> Callable[[int], None]:
+    """A model of a class of its own each time: made, rewired, trained one step, dropped."""
+    del count
+
+    def live(number: int) -> None:
+        own = type(f"Block{number}", (Block,), {"forward": Block.forward})
+        _step(revwire.rewire(_net(own, 2), torch.zeros(2, 5, WIDTH)), 5)
+
+    return live
+
+
+def steps(count: int) -> Callable[[int], None]:
+    """A step on inputs of one length, the mode changed now and then."""
+    del count
+    model = revwire.rewire(_net(Block), torch.zeros(2, 5, WIDTH))
+    return lambda number: _step(model.train(number % 100 < 90), 5)
+
+
+LIVES = {"shapes": (shapes, 10_000), "rewirings": (rewirings, 1_000), "steps": (steps, 100_000)}
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096
+
+
+def live(name: str, count: int) -> tuple[int, int]:
+    """Bytes in memory after a tenth of a life, and at its end."""
+    torch.set_num_threads(1)
+    act = LIVES[name][0](count)
+    early = 0
+    for number in range(count):
+        act(number)
+        if number == count // 10:
+            early = resident()
+    return early, resident()
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(LIVES)}; repeatable.")] = None,
+    share: Annotated[float, typer.Option(min=0.001, max=1, help="Live that part of each only.")] = 1.0,
+) -> None:
+    """Live long, and tell how much memory has grown.
+
+    A quick look: python -m benchmarks.endurance --share 0.05
+    """
+    console = terminal.console()
+    table = Table(title="resident memory", title_justify="left")
+    for heading in ("life", "times", "after a tenth", "at the end", "growth"):
+        table.add_column(heading, justify="left" if heading == "life" else "right")
+    rows, grown = [], False
+    for name in only or LIVES:
+        count = max(10, int(LIVES[name][1] * share))
+        console.print(f"{name}: {count} times …")
+        with get_context("spawn").Pool(1) as pool:
+            early, late = pool.apply(live, (name, count))
+        grown |= late - early > FLAT
+        rows.append({"life": name, "times": count, "early": early, "late": late, "growth": late - early})
+        table.add_row(name, str(count), in_words(early), in_words(late), in_words(max(0, late - early)))
+    console.print(table)
+    if share == 1 and not only:
+        document = {**result_files.origin("benchmarks.endurance"), "method": __doc__, "rows": rows}
+        console.print("written:", str(result_files.write(document, result_files.RESULTS / "endurance.json")))
+    if grown:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
