@@ -9,10 +9,9 @@ filled by then) and at its end. Flat is what has grown by less than `FLAT` bytes
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -22,6 +21,9 @@ from torch import nn
 import revwire
 from benchmarks.shared import result_files, terminal
 from revwire.printing import in_words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FLAT = 20 * 2**20
 WIDTH = 16
@@ -45,35 +47,32 @@ def _net(block: Callable[[], nn.Module], depth: int = 3) -> nn.Module:
     return nn.Sequential(*(block() for _ in range(depth)))
 
 
-def _step(model: nn.Module, length: int) -> None:
-    model(torch.randn(1, length, WIDTH)).sum().backward()
+def _step(model: nn.Module, batch: int, length: int) -> None:
+    model(torch.randn(batch, length, WIDTH)).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
 
 
-def shapes(count: int) -> Callable[[int], None]:
-    """A step on an input of another length each time."""
-    del count
+def shapes() -> Callable[[int], None]:
+    """A step on an input of another shape each time."""
     model = revwire.rewire(_net(Block), torch.zeros(2, 5, WIDTH))
-    return lambda number: _step(model, number + 2)
+    return lambda number: _step(model, 1 + number % 100, 2 + number // 100)
 
 
-def rewirings(count: int) -> Callable[[int], None]:
+def rewirings() -> Callable[[int], None]:
     """A model of a class of its own each time: made, rewired, trained one step, dropped."""
-    del count
 
     def live(number: int) -> None:
         own = type(f"Block{number}", (Block,), {"forward": Block.forward})
-        _step(revwire.rewire(_net(own, 2), torch.zeros(2, 5, WIDTH)), 5)
+        _step(revwire.rewire(_net(own, 2), torch.zeros(2, 5, WIDTH)), 2, 5)
 
     return live
 
 
-def steps(count: int) -> Callable[[int], None]:
-    """A step on inputs of one length, the mode changed now and then."""
-    del count
+def steps() -> Callable[[int], None]:
+    """A step on inputs of one shape, the mode changed now and then."""
     model = revwire.rewire(_net(Block), torch.zeros(2, 5, WIDTH))
-    return lambda number: _step(model.train(number % 100 < 90), 5)
+    return lambda number: _step(model.train(number % 100 < 90), 2, 5)
 
 
 LIVES = {"shapes": (shapes, 10_000), "rewirings": (rewirings, 1_000), "steps": (steps, 100_000)}
@@ -89,7 +88,8 @@ def resident() -> int:
 def live(name: str, count: int) -> tuple[int, int]:
     """Bytes in memory after a tenth of a life, and at its end."""
     torch.set_num_threads(1)
-    act = LIVES[name][0](count)
+    torch.backends.mkldnn.set_flags(_enabled=False)  # keeps the kernels of a thousand shapes, of any model
+    act = LIVES[name][0]()
     early = 0
     for number in range(count):
         act(number)

@@ -67,7 +67,7 @@ def shards(index: Path, names_in: Callable[[Path], list[str]]) -> dict[str, tupl
         raise CheckpointError(f"{index} has no weight_map from tensors to files: download it again")
     places = {}
     for file in sorted(set(where.values())):
-        if not file or "\0" in file or Path(file).name != file:
+        if file in {"", ".", ".."} or "\0" in file or Path(file).name != file:
             raise CheckpointError(
                 f"{index} names {file[:100]!r}, which is not beside it; that is not followed"
             )

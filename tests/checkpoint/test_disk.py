@@ -156,3 +156,36 @@ def test_a_terminated_conversion_leaves_nothing(tmp_path):
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
         process.stdin.close()
     assert list(tmp_path.iterdir()) == [rewired]
+
+
+def test_an_older_files_permissions_are_kept(tmp_path):
+    out = tmp_path / "out.safetensors"
+    writer.write(out, {"w": torch.ones(3)}, {})
+    usual = out.stat().st_mode
+    out.chmod(0o640)
+    writer.write(out, {"w": torch.zeros(3)}, {})
+    assert out.stat().st_mode & 0o777 == 0o640
+    assert not load_file(out)["w"].any()
+    other = tmp_path / "other.safetensors"
+    writer.write(other, {"w": torch.ones(3)}, {})
+    assert other.stat().st_mode == usual
+
+
+def test_a_link_goes_on_pointing(tmp_path):
+    far, link = tmp_path / "far", tmp_path / "link.safetensors"
+    far.mkdir()
+    link.symlink_to(far / "real.safetensors")
+    writer.write(link, {"w": torch.ones(3)}, {})
+    assert link.is_symlink()
+    assert load_file(far / "real.safetensors")["w"].all()
+    assert [path.name for path in far.iterdir()] == ["real.safetensors"]
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    out = tmp_path / "page.html"
+    disk.write_text(out, "old")
+    monkeypatch.setattr(disk.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+    with pytest.raises(CheckpointError, match=r"cannot write .*page\.html: no"):
+        disk.write_text(out, "new")
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
