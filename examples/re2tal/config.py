@@ -95,6 +95,13 @@ class Backbone(Section):
     """Further arguments of the backbone."""
 
 
+class Whole(Section):
+    """Backbone and head together."""
+
+    weights: Path | None = None
+    """File of a trained detector, of one of the layouts of `examples.re2tal.weights`; this run starts from it."""
+
+
 class Memory(Section):
     """How the backbone does its training step; see `revwire.rewire` for the dials."""
 
@@ -200,6 +207,7 @@ class Config(Section):
     data: Data
     clip: Clip
     backbone: Backbone
+    detector: Whole = Whole()
     start_from: Path | None = None
     """Output folder of a run whose trained model, backbone and head, this one starts from."""
     memory: Memory = Memory()
@@ -230,6 +238,10 @@ class Config(Section):
             raise ValueError(
                 "data.class_agnostic tells actions from background alone and evaluation.video_classes which they are: "
                 "set both, or none"
+            )
+        if self.detector.weights is not None and (self.backbone.weights or self.start_from) is not None:
+            raise ValueError(
+                "detector.weights, backbone.weights and start_from are three ways to start; give detector.weights alone"
             )
         if self.memory.strategy != "rewired" and (dials := self.memory.dials()):
             raise ValueError(

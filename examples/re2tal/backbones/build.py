@@ -15,7 +15,7 @@ from examples.re2tal.weights.layouts import load
 from examples.re2tal.weights.reading import SUFFIXES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from examples.re2tal.backbones.base import Backbone
 
@@ -69,6 +69,26 @@ def build_backbone(name: str, *, weights: str | Path | None = None, **options: A
 def family_of(name: str) -> str:
     """The module of a backbone, which is also the name of its family of layouts of weights."""
     return _WHERE[name]
+
+
+def named(family: str, sizes: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the backbone of these sizes, and the options that its name does not imply.
+
+    Args:
+        family: As `family_of` says.
+        sizes: Options that say how large it is, as `examples.re2tal.weights` reads them from a file.
+    """
+    known: Mapping[str, Mapping[str, Any]] = import_module(f"examples.re2tal.backbones.{family}").SIZES
+    left = {
+        name: {key: value for key, value in sizes.items() if value != _plain(of[key])}
+        for name, of in known.items()
+    }
+    name = min(left, key=lambda one: len(left[one]))
+    return name, left[name]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def is_file(weights: str | Path | None) -> bool:

@@ -10,7 +10,7 @@ There are three networks of that name, of which each has weights of its own (`WI
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 _SPEED = 4  # pictures of the fast pathway for one of the slow
 _FUSED = 2  # channels that a lateral makes of each of the fast pathway's
-_DEPTHS = {"slowfast_r50": (3, 4, 6, 3), "slowfast_r101": (3, 4, 23, 3)}
+SIZES: dict[str, dict[str, Any]] = {
+    "slowfast_r50": {"depths": (3, 4, 6, 3), "base": 64, "fast": 8},
+    "slowfast_r101": {"depths": (3, 4, 23, 3), "base": 64, "fast": 8},
+}
+"""By name: the options that say how large it is."""
+
 # how many pictures the first convolution of a block sees, by stage: the slow pathway looks at time only late
 _SLOW_TIMES, _FAST_TIMES = (1, 1, 3, 3), (3, 3, 3, 3)
 
@@ -167,10 +172,10 @@ class SlowFast(Backbone):
 
     def __init__(
         self,
-        depths: Sequence[int] = _DEPTHS["slowfast_r50"],
+        depths: Sequence[int],
         *,
-        base: int = 64,
-        fast: int = 8,
+        base: int,
+        fast: int,
         wiring: str = "pytorchvideo",
     ) -> None:
         super().__init__()
@@ -212,18 +217,14 @@ class SlowFast(Backbone):
         return slow, fast
 
 
-def build(
-    name: str,
-    *,
-    weights: str | None,
-    depths: Sequence[int] | None = None,
-    base: int = 64,
-    fast: int = 8,
-    wiring: str = "pytorchvideo",
-) -> SlowFast:
-    """`slowfast_r50` or `slowfast_r101`, of 8x8 pictures; weights from a file."""
+def build(name: str, *, weights: str | None, **options: Any) -> SlowFast:
+    """`slowfast_r50` or `slowfast_r101`, of 8x8 pictures; weights from a file, `options` of `SlowFast`.
+
+    Raises:
+        Re2TALError: weights are asked for by a name, or there is no such wiring.
+    """
     if weights is not None:
         raise Re2TALError(
             f"{name} takes its weights from a file (.pyth, .pth or .safetensors), not {weights!r}"
         )
-    return SlowFast(depths or _DEPTHS[name], base=base, fast=fast, wiring=wiring)
+    return SlowFast(**{**SIZES[name], **options})

@@ -14,11 +14,13 @@ from examples.re2tal.errors import Re2TALError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "swin3d_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
-    "swin3d_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
-    "swin3d_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+_PATCHES = {"patch_size": (2, 4, 4), "window_size": (8, 7, 7)}
+SIZES: dict[str, dict[str, Any]] = {
+    "swin3d_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **_PATCHES},
+    "swin3d_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **_PATCHES},
+    "swin3d_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **_PATCHES},
 }
+"""By name: the options that say how large it is."""
 
 
 class VideoSwin(Backbone):
@@ -52,7 +54,7 @@ def build(name: str, *, weights: str | None, **options: Any) -> VideoSwin:
     Raises:
         Re2TALError: torchvision has no such weights.
     """
-    settings = {"patch_size": (2, 4, 4), "window_size": (8, 7, 7), **_SIZES[name], **options}
+    settings = {**SIZES[name], **options}
     lists = {
         key: list(value) if isinstance(value, (list, tuple)) else value for key, value in settings.items()
     }

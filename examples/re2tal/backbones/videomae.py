@@ -16,21 +16,23 @@ from examples.re2tal.backbones.base import Backbone, needs, pieces, rejoined
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SIZES: dict[str, dict[str, int]] = {
-    "videomae_s": {
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "intermediate_size": 1536,
-    },
-    "videomae_b": {},
-    "videomae_l": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
+_PATCHES = {"tubelet_size": 2, "patch_size": 16}
+SIZES: dict[str, dict[str, Any]] = {
+    name: {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        **_PATCHES,
+    }
+    for name, width, layers, heads in (
+        ("videomae_s", 384, 12, 6),
+        ("videomae_b", 768, 12, 12),
+        ("videomae_l", 1024, 24, 16),
+    )
 }
+"""By name: the options that say how large it is."""
+
 _EPS = 1e-6  # what the weights were trained with, whose configurations for transformers say 1e-12
 
 
@@ -93,5 +95,5 @@ def build(
     options = {"layer_norm_eps": _EPS, **options}
     if weights is not None:
         return VideoMAE(transformers.VideoMAEModel.from_pretrained(weights, **options))
-    settings = {**_SIZES[name], "image_size": trained_size or size, "use_mean_pooling": False, **options}
+    settings = {**SIZES[name], "image_size": trained_size or size, "use_mean_pooling": False, **options}
     return VideoMAE(transformers.VideoMAEModel(transformers.VideoMAEConfig(**settings)))

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING
 
 from examples.re2tal.weights.layouts import Layout, Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 _PARTS = ("query", "key", "value")
 
@@ -120,4 +127,26 @@ LAYOUTS = (
         ("backbone.",),
     ),
 )
-"""For `layouts.find` and `layouts.fitted`, as those of backbones."""
+
+
+def sizes(get: Callable[[str], Tensor | None]) -> dict[str, int]:
+    """Arguments of the head that a file is of, `in_channels` and `classes` among them.
+
+    Args:
+        get: The file's tensors by the names that they have in our head.
+    """
+
+    def number(name: str) -> int:
+        return next(n for n in count() if get(name.format(n)) is None)
+
+    first, last = get("pyramid.projection.convs.0.conv.weight"), get("classify.last.conv.weight")
+    assert first is not None
+    assert last is not None
+    return {
+        "in_channels": first.shape[1],
+        "classes": last.shape[0],
+        "channels": first.shape[0],
+        "levels": number("pyramid.norms.{}.weight"),
+        "stem": number("pyramid.stem.{}.norms.0.weight"),
+        "depth": number("classify.body.convs.{}.conv.weight"),
+    }

@@ -33,6 +33,12 @@ SIZES: dict[str, Callable[[Callable[[str], Tensor | None]], dict[str, Any]]] = {
 }
 """By family: arguments of the network that a file is of."""
 
+GUESSED = {"videomae": ("num_attention_heads",)}
+"""By family: those of the arguments that no tensor tells."""
+
+HEADS = actionformer.LAYOUTS
+"""Of heads, in files of whole detectors."""
+
 _OWN = Layout("weights of this example", (), Origin, ("backbone.", ""), ("head.",))
 _NOTE = "re2tal"
 
@@ -72,7 +78,7 @@ def head_in(path: Path) -> Found | None:
     Raises:
         Re2TALError: the file cannot be read.
     """
-    return find(read(path), actionformer.LAYOUTS)
+    return find(read(path), HEADS)
 
 
 def note(options: Mapping[str, Any], *, rewired: bool) -> dict[str, str]:
@@ -82,11 +88,16 @@ def note(options: Mapping[str, Any], *, rewired: bool) -> dict[str, str]:
 
 def _as_noted(found: Found) -> Found:
     """With what our own file notes about itself."""
-    noted = json.loads(found.stored.metadata.get(_NOTE, "{}"))
-    if not noted:
+    if _NOTE not in found.stored.metadata:
         return found
-    layout, options = found.layout, noted["options"]
-    return replace(
-        found,
-        layout=replace(layout, rewired=noted["rewired"], options=lambda t: {**layout.options(t), **options}),
-    )
+    try:
+        noted = json.loads(found.stored.metadata[_NOTE])
+        own, rewired = dict(noted["options"]), bool(noted["rewired"])
+    except (ValueError, TypeError, KeyError):
+        raise Re2TALError(
+            f"{found.stored.path} says about itself what nobody can read; write it again: "
+            "python -m examples.re2tal.convert FILE, with the file that it was made of"
+        ) from None
+    layout = found.layout
+    changed = replace(layout, rewired=rewired, options=lambda tensors: {**layout.options(tensors), **own})
+    return replace(found, layout=changed)

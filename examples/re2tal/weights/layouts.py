@@ -165,10 +165,15 @@ def load(module: nn.Module, found: Found, what: str) -> None:
     Raises:
         Re2TALError: they do not fit; the message names what is missing, left over or of another shape.
     """
-    wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = tensors_of(module)
     with torch.no_grad():
         for name, tensor in fitted(found, wanted, what).items():
             wanted[name].copy_(tensor)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are not saved included."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def written(found: Found, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +225,11 @@ def _same(theirs: Tensor, ours: Tensor) -> bool:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def listed(tensors: Mapping[str, Tensor]) -> str:
+    """The first of them, by name and shape."""
+    return _listed([f"{name} ({_shape(tensor)})" for name, tensor in tensors.items()])
 
 
 def _listed(names: list[str]) -> str:

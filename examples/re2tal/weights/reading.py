@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ class _LogBuffer:
     """Stands for what mmengine logs beside the weights; it takes whatever is in the file, and nobody looks at it."""
 
 
+def _nothing(*_: object) -> None:
+    """Stands for the functions that mmengine's log buffers name; none of them is called."""
+
+
 # What files of weights pickle beside tensors, all of it data: settings of the command line (VideoMAE), numpy's numbers,
 # and what mmengine logs. By the names in the file: mmengine need not be there, and numpy 1 and 2 differ in theirs.
 _DATA: list[Any] = [
@@ -44,6 +49,7 @@ _DATA: list[Any] = [
         for module in ("numpy.core", "numpy._core")
     ],
     (_LogBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_nothing, "builtins.getattr"),  # how a pickle names methods of that buffer
 ]
 
 
@@ -76,8 +82,8 @@ def read(path: Path) -> Stored:
     except OSError as error:
         raise Re2TALError(f"{path}: {error.strerror or error}") from None
     if head[8:] == b"{":  # after the length of the header
-        tensors, entry, metadata = *_safetensors(path), ""
-        return Stored(path, _unwrapped(path, tensors), metadata, entry)
+        tensors, metadata = _safetensors(path)
+        return Stored(path, _unwrapped(path, tensors), "", metadata)
     entry, state = _weights_in(_torch(path, mmap=head.startswith(b"PK")))
     others = [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_sparse]
     if others or not state:
@@ -105,18 +111,20 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _torch(path: Path, *, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_DATA):
+        with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # noqa: BLE001  # a damaged pickle can make the restricted unpickler raise anything
-        text = str(error)
-    if found := re.search(r"(?:GLOBAL|class|function) (\S+?\.\S+)", text):
+        kind, text = type(error).__name__, str(error)
+    if found := re.search(r"unsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", text, re.IGNORECASE):
         raise Re2TALError(
-            f"{path} pickles a {found[1]} beside its weights, and reading that could run code, so it is not read; "
+            f"{path} pickles {found[1]} beside its weights, and reading that could run code, so it is not read; "
             "where it comes from a source that you trust, save the weights alone there: "
             "torch.save(torch.load(file, weights_only=False)['state_dict'], other)"
         )
-    reason = text.partition("\n")[0][:200]
-    raise Re2TALError(f"{path} is no whole file of weights ({reason}); download or save it again")
+    inner = re.search(r"WeightsUnpickler error: (.*)", text)
+    reason = inner[1] if inner else f"{kind}: {text}".partition("\n")[0]
+    raise Re2TALError(f"{path} is no whole file of weights ({reason[:200]}); download or save it again")
 
 
 def _weights_in(loaded: Any) -> tuple[str, Mapping[Any, Any]]:

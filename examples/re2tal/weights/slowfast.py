@@ -72,7 +72,7 @@ LAYOUTS = (
     _of_mmlab("SlowFast of mmaction2", "mmaction2", rewired=False),
     _of_mmlab("SlowFast, rewired by Re2TAL", "re2tal", rewired=True),
     Layout(
-        "SlowFast of pytorchvideo",
+        "SlowFast by pytorchvideo's names",
         (_STEM_CONV, _FIRST_CONV),
         _own,
         ("backbone.", ""),

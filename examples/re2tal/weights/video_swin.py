@@ -56,7 +56,7 @@ def _layouts_of_mmaction2() -> list[Layout]:
 LAYOUTS = (
     *_layouts_of_mmaction2(),
     Layout(
-        "Video Swin of torchvision",
+        "Video Swin by torchvision's names",
         ("features.0.0.attn.qkv.weight", "norm.weight"),
         _own,
         ("backbone.", ""),
@@ -72,7 +72,8 @@ def sizes(get: Callable[[str], Tensor | None]) -> dict[str, Any]:
         get: The file's tensors by the names that they have in our network.
     """
     patch = get("patch_embed.proj.weight")
-    tables, depths = [], []
+    tables: list[Tensor] = []
+    depths: list[int] = []
     while (table := get(f"features.{2 * len(depths)}.0.attn.relative_position_bias_table")) is not None:
         tables.append(table)
         stage, depth = 2 * len(depths), 1

@@ -78,7 +78,7 @@ def _of_transformers(prefix: str, *, q_bias: bool) -> Layout:
     marks = tuple(origin(name).name for name in (f"{_PATCHES}.weight", bias))
     options = partial(_options, norm=f"{prefix}layernorm", patches=prefix + _PATCHES, table=prefix + _TABLE)
     return Layout(
-        "VideoMAE of transformers",
+        "VideoMAE by transformers' names",
         marks,
         origin,
         ("backbone.", "") if prefix == "model." else ("",),
@@ -99,7 +99,7 @@ LAYOUTS = (
 
 
 def sizes(get: Callable[[str], Tensor | None]) -> dict[str, Any]:
-    """Arguments of the network that a file is of, heads of 64 channels as all released ones have.
+    """Arguments of the network that a file is of; no tensor tells how many heads, which are taken to be of 64 channels.
 
     Args:
         get: The file's tensors by the names that they have in our network.
@@ -111,8 +111,8 @@ def sizes(get: Callable[[str], Tensor | None]) -> dict[str, Any]:
     inner, width = first.shape
     return {
         "hidden_size": width,
+        "num_attention_heads": next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0),
         "num_hidden_layers": next(n for n in range(1000) if get(block.format(n)) is None),
-        "num_attention_heads": max(1, width // 64),
         "intermediate_size": inner,
         "tubelet_size": patches.shape[2],
         "patch_size": patches.shape[3],

@@ -1,0 +1,148 @@
+"""Say what a file of weights holds, and write it as safetensors with the names that this example has.
+
+python -m examples.re2tal.convert swin_tiny_patch244_window877_kinetics400.pth
+python -m examples.re2tal.convert thumos_re2tal_swin_tiny.pth --out detector.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003  # typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from examples.re2tal.backbones.build import build_backbone, named
+from examples.re2tal.errors import Re2TALError
+from examples.re2tal.heads.build import build_head
+from examples.re2tal.weights import actionformer
+from examples.re2tal.weights.families import GUESSED, SIZES, found_in, head_in, note
+from examples.re2tal.weights.layouts import fitted, listed, tensors_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from examples.re2tal.weights.layouts import Found
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a file holds.
+
+    Attributes:
+        found: Its backbone's layout.
+        head: Its head's layout, if it has one that is known here.
+        name: The backbone's name.
+        options: What neither its name nor the converted file implies.
+        guessed: Those of the options that no tensor tells.
+        tensors: By the names of a backbone of ours; of a whole detector's, where there is a head.
+    """
+
+    found: Found
+    head: Found | None
+    name: str
+    options: dict[str, Any]
+    guessed: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+    @property
+    def dropped(self) -> dict[str, Tensor]:
+        """What of the file is not converted: heads of other tasks."""
+        taken = {self.head.prefix + name for name in self.head.tensors} if self.head is not None else set()
+        return {name: tensor for name, tensor in self.found.beside.items() if name not in taken}
+
+
+def converted(path: Path) -> Converted:
+    """Read a file of weights, and see that it fits the backbone, and the head, that it is of.
+
+    Raises:
+        Re2TALError: it is of no layout that is known here, or does not fit.
+    """
+    family, found = found_in(path)
+    name, left = named(family, SIZES[family](found.get))
+    with torch.device("meta"):
+        backbone = build_backbone(name, **left, **found.options)
+    tensors = _saved(backbone, found, f"the backbone {name}")
+    head = head_in(path)
+    if head is not None:
+        with torch.device("meta"):
+            made = build_head("actionformer", **actionformer.sizes(head.get))
+        tensors = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
+        tensors |= {f"head.{key}": tensor for key, tensor in _saved(made, head, "the head").items()}
+    guessed = tuple(option for option in GUESSED.get(family, ()) if option in left)
+    return Converted(found, head, name, left, guessed, tensors)
+
+
+def write(made: Converted, target: Path) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        Re2TALError: it cannot be written, or is the file that is converted.
+    """
+    if target.exists() and target.samefile(made.found.stored.path):
+        raise Re2TALError(f"{target} would be written over; give another file with --out")
+    partial = target.with_name(f"{target.name}.part")
+    try:
+        save_file(made.tensors, partial, metadata=note(made.found.options, rewired=made.found.layout.rewired))
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise Re2TALError(f"{target} cannot be written: {error}") from None
+
+
+def _saved(module: torch.nn.Module, found: Found, what: str) -> dict[str, Tensor]:
+    names = module.state_dict().keys()
+    return {
+        name: t.contiguous() for name, t in fitted(found, tensors_of(module), what).items() if name in names
+    }
+
+
+def main(
+    file: Annotated[
+        Path, typer.Argument(help="Weights of mmaction2, Re2TAL, OpenTAD, pytorchvideo, torchvision...")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to write; beside the file if not given.")] = None,
+) -> None:
+    """Say what a file of weights holds, and write it as safetensors with the names that this example has.
+
+    Example: python -m examples.re2tal.convert thumos_re2tal_swin_tiny.pth --out detector.safetensors
+    """
+    try:
+        made = converted(file)
+        target = out or file.with_name(f"{file.name.partition('.')[0]}.re2tal.safetensors")
+        write(made, target)
+    except Re2TALError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    for line in _told(made, file, target):
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _told(made: Converted, file: Path, target: Path) -> list[str]:
+    entry = f" (entry {made.found.stored.entry})" if made.found.stored.entry else ""
+    lines = [f"{file}{entry}: {made.found.layout.name}"]
+    if made.head is not None:
+        lines.append(f"with a head: {made.head.layout.name}")
+    if made.dropped:
+        lines.append(f"left out: {listed(made.dropped)}")
+    lines.append(f"wrote {len(made.tensors)} tensors to {target}")
+    settings = [
+        f"backbone.name={made.name}",
+        f"{'backbone' if made.head is None else 'detector'}.weights={target}",
+    ]
+    if made.options:
+        settings.append(f"'backbone.options={json.dumps(made.options)}'")
+    if made.found.layout.rewired:
+        settings.append("memory.strategy=rewired")
+    lines.append(f"train with {' '.join(settings)}")
+    lines += [f"{name} is a guess, no tensor tells" for name in made.guessed]
+    return lines
+
+
+if __name__ == "__main__":
+    typer.run(main)
