@@ -36,9 +36,7 @@ def _nothing(*_: object) -> None:
     """Stands for the functions that mmengine's log buffers name; none of them is called."""
 
 
-# What files of weights pickle beside tensors, all of it data: settings of the command line (VideoMAE), numpy's numbers,
-# and what mmengine logs. By the names in the file: mmengine need not be there, and numpy 1 and 2 differ in theirs.
-_DATA: list[Any] = [
+DATA: list[Any] = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
@@ -51,6 +49,8 @@ _DATA: list[Any] = [
     (_LogBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_nothing, "builtins.getattr"),  # how a pickle names methods of that buffer
 ]
+"""What files of weights pickle beside tensors, all of it data: settings of the command line (VideoMAE), numpy's numbers
+and what mmengine logs. By the names in the file: mmengine need not be there, and numpy 1 and 2 differ in theirs."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _torch(path: Path, *, mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_DATA), warnings.catch_warnings():
+        with torch.serialization.safe_globals(DATA), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # noqa: BLE001  # a damaged pickle can make the restricted unpickler raise anything
