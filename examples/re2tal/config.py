@@ -99,7 +99,8 @@ class Whole(Section):
     """Backbone and head together."""
 
     weights: Path | None = None
-    """File of a trained detector, of one of the layouts of `examples.re2tal.weights`; this run starts from it."""
+    """File of a trained detector, of one of the layouts of `examples.re2tal.weights`, that this run starts from; it
+    replaces `backbone.weights`."""
 
 
 class Memory(Section):
@@ -239,10 +240,8 @@ class Config(Section):
                 "data.class_agnostic tells actions from background alone and evaluation.video_classes which they are: "
                 "set both, or none"
             )
-        if self.detector.weights is not None and (self.backbone.weights or self.start_from) is not None:
-            raise ValueError(
-                "detector.weights, backbone.weights and start_from are three ways to start; give detector.weights alone"
-            )
+        if self.detector.weights is not None and self.start_from is not None:
+            raise ValueError("detector.weights and start_from are two models to start from; give one of them")
         if self.memory.strategy != "rewired" and (dials := self.memory.dials()):
             raise ValueError(
                 f"memory.{next(iter(dials))} is a dial of memory.strategy=rewired, which is {self.memory.strategy}; "
