@@ -35,17 +35,15 @@ class Converted:
     """What a file holds.
 
     Attributes:
-        found: Its backbone's layout.
-        head: Its head's layout, if it has one that is known here.
-        name: The backbone's name.
+        layouts: Its backbone's layout, its head's, or both.
+        name: The backbone's name, if it has one.
         options: What neither its name nor the converted file implies.
         guessed: Those of the options that no tensor tells.
-        tensors: By the names of a backbone of ours; of a whole detector's, where there is a head.
+        tensors: By the names of a backbone, or a head, of ours; of a whole detector's, where there are both.
     """
 
-    found: Found
-    head: Found | None
-    name: str
+    layouts: tuple[Found, ...]
+    name: str | None
     options: dict[str, Any]
     guessed: tuple[str, ...]
     tensors: dict[str, Tensor]
@@ -53,8 +51,9 @@ class Converted:
     @property
     def dropped(self) -> dict[str, Tensor]:
         """What of the file is not converted: heads of other tasks."""
-        taken = {self.head.prefix + name for name in self.head.tensors} if self.head is not None else set()
-        return {name: tensor for name, tensor in self.found.beside.items() if name not in taken}
+        taken = {found.prefix + name for found in self.layouts for name in found.tensors}
+        everything = self.layouts[0].stored.tensors
+        return {name: tensor for name, tensor in everything.items() if name not in taken}
 
 
 def converted(path: Path) -> Converted:
@@ -63,19 +62,22 @@ def converted(path: Path) -> Converted:
     Raises:
         Re2TALError: it is of no layout that is known here, or does not fit.
     """
-    family, found = found_in(path)
+    head = head_in(path)
+    try:
+        family, found = found_in(path)
+    except Re2TALError:
+        if head is None:
+            raise
+        return Converted((head,), None, {}, (), _head(head))
     name, left = named(family, SIZES[family](found.get))
     with torch.device("meta"):
         backbone = build_backbone(name, **left, **found.options)
     tensors = _saved(backbone, found, f"the backbone {name}")
-    head = head_in(path)
     if head is not None:
-        with torch.device("meta"):
-            made = build_head("actionformer", **actionformer.sizes(head.get))
-        tensors = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
-        tensors |= {f"head.{key}": tensor for key, tensor in _saved(made, head, "the head").items()}
+        parts = {"backbone": tensors, "head": _head(head)}
+        tensors = {f"{part}.{key}": tensor for part, own in parts.items() for key, tensor in own.items()}
     guessed = tuple(option for option in GUESSED.get(family, ()) if option in left)
-    return Converted(found, head, name, left, guessed, tensors)
+    return Converted((found,) if head is None else (found, head), name, left, guessed, tensors)
 
 
 def write(made: Converted, target: Path) -> None:
@@ -84,15 +86,22 @@ def write(made: Converted, target: Path) -> None:
     Raises:
         Re2TALError: it cannot be written, or is the file that is converted.
     """
-    if target.exists() and target.samefile(made.found.stored.path):
+    found = made.layouts[0]
+    if target.exists() and target.samefile(found.stored.path):
         raise Re2TALError(f"{target} would be written over; give another file with --out")
     partial = target.with_name(f"{target.name}.part")
     try:
-        save_file(made.tensors, partial, metadata=note(made.found.options, rewired=made.found.layout.rewired))
+        save_file(made.tensors, partial, metadata=note(found.options, rewired=found.layout.rewired))
         partial.replace(target)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise Re2TALError(f"{target} cannot be written: {error}") from None
+
+
+def _head(found: Found) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        head = build_head("actionformer", **actionformer.sizes(found.get))
+    return _saved(head, found, "the head")
 
 
 def _saved(module: torch.nn.Module, found: Found, what: str) -> dict[str, Tensor]:
@@ -124,24 +133,22 @@ def main(
 
 
 def _told(made: Converted, file: Path, target: Path) -> list[str]:
-    entry = f" (entry {made.found.stored.entry})" if made.found.stored.entry else ""
-    lines = [f"{file}{entry}: {made.found.layout.name}"]
-    if made.head is not None:
-        lines.append(f"with a head: {made.head.layout.name}")
+    found = made.layouts[0]
+    entry = f" (entry {found.stored.entry})" if found.stored.entry else ""
+    lines = [f"{file}{entry}: {' and '.join(one.layout.name for one in made.layouts)}"]
     if made.dropped:
         lines.append(f"left out: {listed(made.dropped)}")
     lines.append(f"wrote {len(made.tensors)} tensors to {target}")
-    settings = [
-        f"backbone.name={made.name}",
-        f"{'backbone' if made.head is None else 'detector'}.weights={target}",
-    ]
+    if made.name is None:
+        return [*lines, "a head alone: examples.re2tal.weights.families.load_head takes it"]
+    part = "backbone" if len(made.layouts) == 1 else "detector"
+    settings = [f"backbone.name={made.name}", f"{part}.weights={target}"]
     if made.options:
         settings.append(f"'backbone.options={json.dumps(made.options)}'")
-    if made.found.layout.rewired:
+    if found.layout.rewired:
         settings.append("memory.strategy=rewired")
     lines.append(f"train with {' '.join(settings)}")
-    lines += [f"{name} is a guess, no tensor tells" for name in made.guessed]
-    return lines
+    return lines + [f"{name} is a guess, no tensor tells" for name in made.guessed]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.build import build_head
 from examples.re2tal.training.checkpoints import trained_weights
 from examples.re2tal.training.strategy import lay_out
-from examples.re2tal.weights.families import found_in, head_in
-from examples.re2tal.weights.layouts import load
+from examples.re2tal.weights.families import found_in, load_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +113,7 @@ def detector_of(
     classes = 1 if config.data.class_agnostic else classes
     made = head(backbone.channels, classes) if head is not None else _head(config, backbone.channels, classes)
     if weights and head is None and config.detector.weights is not None:
-        _load_head(made, config.detector.weights)
+        load_head(made, config.detector.weights)
     mean, std = backbone.mean, backbone.std
     example = torch.randn(config.optim.batch, 3, config.clip.frames, *config.clip.size)
     laid_out = lay_out(backbone, example, strategy=config.memory.strategy, **config.memory.dials())
@@ -147,12 +146,3 @@ def _head(config: Config, channels: int, classes: int) -> Head:
 
 def _weights_of(config: Config) -> str | Path | None:
     return config.detector.weights or config.backbone.weights
-
-
-def _load_head(head: Head, path: Path) -> None:
-    found = head_in(path)
-    if found is None:
-        raise Re2TALError(
-            f"{path} holds no head that is known here; load its backbone alone: backbone.weights={path}"
-        )
-    load(head, found, "the head")

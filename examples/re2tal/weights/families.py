@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.weights import actionformer, mvit, slowfast, video_swin, videomae
-from examples.re2tal.weights.layouts import Found, Layout, Origin, find
+from examples.re2tal.weights.layouts import Found, Layout, Origin, find, load
 from examples.re2tal.weights.reading import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "video_swin": video_swin.LAYOUTS,
@@ -79,6 +79,20 @@ def head_in(path: Path) -> Found | None:
         Re2TALError: the file cannot be read.
     """
     return find(read(path), HEADS)
+
+
+def load_head(head: nn.Module, path: Path) -> None:
+    """Take the weights of a file's head, all of them and no others.
+
+    Raises:
+        Re2TALError: the file cannot be read, holds no head that is known here, or does not fit.
+    """
+    found = head_in(path)
+    if found is None:
+        raise Re2TALError(
+            f"{path} holds no head that is known here; load its backbone alone: backbone.weights={path}"
+        )
+    load(head, found, "the head")
 
 
 def note(options: Mapping[str, Any], *, rewired: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PATHS = ("slow_path", "fast_path")
-_LATERAL = "multipathway_fusion.conv_fast_to_slow"
+_LATERAL = {"conv_fast_to_slow": "conv", "norm": "bn"}
 _CONVS = {"conv_a": "conv1.conv", "conv_b": "conv2.conv", "conv_c": "conv3.conv"}
 _NORMS = {"norm_a": "conv1.bn", "norm_b": "conv2.bn", "norm_c": "conv3.bn"}
 _SKIP = {"branch1_conv": "downsample.conv", "branch1_norm": "downsample.bn"}
@@ -32,9 +32,10 @@ def _own(name: str) -> Origin:
 def _mmaction2(name: str, *, rewired: bool) -> Origin:
     """`blocks.0` are the stems, `blocks.s` is stage s; slow pathway and fast pathway in each."""
     _, stage, rest = name.split(".", 2)
-    if rest.startswith(_LATERAL):
+    if rest.startswith("multipathway_fusion."):
+        _, layer, tensor = rest.split(".")
         before = "conv1" if stage == "0" else f"layer{stage}"
-        return _origin(name, f"slow_path.{before}_lateral.conv{rest.removeprefix(_LATERAL)}")
+        return _origin(name, f"slow_path.{before}_lateral.{_LATERAL[layer]}.{tensor}")
     _, pathway, rest = rest.split(".", 2)
     path = _PATHS[int(pathway)]
     if stage == "0":

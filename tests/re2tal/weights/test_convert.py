@@ -16,7 +16,7 @@ from examples.re2tal.config import Config, ConfigError, read_config
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.build import build_head
 from examples.re2tal.training.setup import detector_of, resolved
-from examples.re2tal.weights.families import found_in, note
+from examples.re2tal.weights.families import found_in, load_head, note
 from tests.re2tal import tiny
 from tests.re2tal.weights.made import CASES, SLOWFAST, stored
 from tests.re2tal.weights.test_heads_of_others import renamed
@@ -91,6 +91,24 @@ def test_a_detector_is_converted_with_its_head(tmp_path):
             for name, tensor in module.state_dict().items():
                 assert torch.equal(tensors[prefix + name], tensor)
     assert "(entry state_dict_ema)" in command(path).output
+
+
+def test_a_head_alone_is_converted(tmp_path):
+    head = build_head("actionformer", in_channels=6, classes=20, **HEAD)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    path, target = tmp_path / "epoch_9.pth.tar", tmp_path / "head.safetensors"
+    torch.save({"state_dict": renamed(head, "ActionFormer")}, path)
+    done = command(path, "--out", target)
+    assert done.exit_code == 0, done.output
+    assert "ActionFormer of its own repository" in done.output
+    assert "load_head takes it" in done.output
+    fresh = build_head("actionformer", in_channels=6, classes=20, normalizer=7, **HEAD)
+    load_head(fresh, path)
+    assert float(fresh.normalizer) == 7  # not in the file
+    for name, parameter in head.named_parameters():
+        assert torch.equal(fresh.get_parameter(name), parameter)
+        assert torch.equal(load_file(target)[name], parameter)
 
 
 def test_errors_are_one_line(tmp_path):

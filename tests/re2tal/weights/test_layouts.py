@@ -148,6 +148,13 @@ def test_an_option_has_its_way_against_the_file(tmp_path):
     assert not torch.allclose(plain(clip)[0], other(clip)[0])
 
 
+def test_a_wiring_that_the_file_has_no_tensors_for_is_told(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    stored("rewired SlowFast", path)
+    with pytest.raises(Re2TALError, match=r"missing: backbone\.slow_path\.conv1_lateral\.bn\.weight \(2\)"):
+        build_backbone("slowfast_r50", weights=path, **SLOWFAST[1], wiring="pytorchvideo")
+
+
 def test_videomae_keeps_its_table_for_pictures_of_another_size(tmp_path):
     path = tmp_path / "weights.safetensors"
     backbone, _ = stored("mmaction2 VideoMAE", path)
