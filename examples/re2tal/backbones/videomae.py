@@ -89,11 +89,12 @@ def build(
         size: Height and width of the pictures; of those that its table of positions is for if `trained_size` does not
             say. Clips may have pictures of any size.
         trained_size: Height and width of the pictures that its weights were trained on.
-        options: Of transformers' `VideoMAEConfig`.
+        options: Of transformers' `VideoMAEConfig`; with `use_mean_pooling=False` there is a norm after the last block.
     """
     transformers = needs("transformers")
-    options = {"layer_norm_eps": _EPS, **options}
+    # as in AdaTAD: no norm after the last block, where the classifier pools and then has a norm of its own
+    options = {"layer_norm_eps": _EPS, "use_mean_pooling": True, **options}
     if weights is not None:
         return VideoMAE(transformers.VideoMAEModel.from_pretrained(weights, **options))
-    settings = {**SIZES[name], "image_size": trained_size or size, "use_mean_pooling": False, **options}
+    settings = {**SIZES[name], "image_size": trained_size or size, **options}
     return VideoMAE(transformers.VideoMAEModel(transformers.VideoMAEConfig(**settings)))

@@ -176,19 +176,38 @@ def test_videomae_interpolates_its_table_of_positions():
     ]
     patches = model.embeddings.patch_embeddings.projection(clip)
     tokens = (patches + torch.cat(planes).transpose(0, 1)[None]).flatten(2).transpose(1, 2)
-    wanted = model.layernorm(model.encoder(tokens).last_hidden_state).transpose(1, 2).reshape(patches.shape)
+    wanted = model.encoder(tokens).last_hidden_state.transpose(1, 2).reshape(patches.shape)
     torch.testing.assert_close(backbone.map(clip), wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(backbone(clip), wanted.mean(dim=(3, 4)), rtol=1e-12, atol=1e-12)
 
 
-def test_videomae_is_transformers_network_at_its_own_size():
-    backbone, clip, _ = small("videomae_b")
+@pytest.mark.parametrize("pooled", [True, False])
+def test_videomae_is_transformers_network_at_its_own_size(pooled):
+    options, frames, side, _ = SMALL["videomae_b"]
+    backbone, clip = (
+        build_backbone("videomae_b", **options, use_mean_pooling=pooled),
+        torch.randn(2, 3, frames, side, side),
+    )
+    assert (backbone.model.layernorm is None) == pooled
     parts = clip.unflatten(2, (2, 16)).transpose(1, 2).flatten(0, 1).transpose(1, 2)
     tokens = backbone.model(parts).last_hidden_state
     wanted = tokens.unflatten(1, (8, 4)).mean(dim=2).unflatten(0, (2, 2)).flatten(1, 2).transpose(1, 2)
     torch.testing.assert_close(backbone(clip), wanted)
     epsilons = {m.eps for m in backbone.modules() if isinstance(m, torch.nn.LayerNorm)}
     assert epsilons == {1e-6}
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_videomae_from_the_hub_is_the_network_that_a_run_builds_without_it(pooled, tmp_path):
+    """Whatever norm the hub's model has at its end, so that a run goes on without asking the hub."""
+    options, *_ = SMALL["videomae_b"]
+    original = build_backbone("videomae_b", **options, use_mean_pooling=pooled)
+    original.model.save_pretrained(tmp_path)
+    loaded, fresh = build_backbone("videomae_b", weights=tmp_path), build_backbone("videomae_b", **options)
+    fresh.load_state_dict(loaded.state_dict())
+    clip = torch.randn(1, 3, 16, 32, 32)
+    assert torch.equal(loaded.eval()(clip), fresh.eval()(clip))
+    assert {m.eps for m in loaded.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
 
 
 def test_mvit_takes_pieces_of_sixteen_pictures():
