@@ -117,8 +117,8 @@ def _layout(name: str, names: _Names, others: tuple[str, ...]) -> Layout:
 
 
 LAYOUTS = (
-    _layout("ActionFormer of OpenTAD", _OPENTAD, ("backbone.",)),
-    _layout("ActionFormer of its own repository", _ORIGINAL, ("point_generator.",)),
+    _layout("ActionFormer of OpenTAD", _OPENTAD, ("backbone.", "projection.pos_embed")),
+    _layout("ActionFormer of its own repository", _ORIGINAL, ("point_generator.", "backbone.pos_embd")),
     Layout(
         "a head of this example",
         ("scales", "classify.last.conv.weight"),

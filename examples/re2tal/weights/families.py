@@ -89,8 +89,9 @@ def load_head(head: nn.Module, path: Path) -> None:
     """
     found = head_in(path)
     if found is None:
+        known = ", ".join(layout.name for layout in HEADS)
         raise Re2TALError(
-            f"{path} holds no head that is known here; load its backbone alone: backbone.weights={path}"
+            f"{path} holds no head that is known here ({known}); load its backbone alone: backbone.weights={path}"
         )
     load(head, found, "the head")
 

@@ -158,11 +158,16 @@ def own(made):
     return made, lambda b: dict(b.state_dict())
 
 
-def transformers():
+def transformers(old=False):
     """The file of a classifier of the hub."""
-    return shaken(*VIDEOMAE), lambda b: {
-        name.replace("model.", "videomae."): tensor for name, tensor in b.state_dict().items()
-    }
+    biases = {"query.bias": "q_bias", "value.bias": "v_bias"} if old else {}
+
+    def theirs(name):
+        for ours, new in biases.items():
+            name = name.replace(ours, new)
+        return name.replace("model.", "videomae.")
+
+    return shaken(*VIDEOMAE), lambda b: {theirs(name): tensor for name, tensor in b.state_dict().items()}
 
 
 CASES = {
@@ -181,6 +186,7 @@ CASES = {
         VIDEOMAE, "module.", lambda: videomae(patches="patch_embed.proj", mlp=("mlp.fc1", "mlp.fc2"))
     ),
     "transformers VideoMAE": (VIDEOMAE, "", transformers),
+    "VideoMAE of transformers before 5": (VIDEOMAE, "", lambda: transformers(old=True)),
 }  # fmt: skip
 BESIDE = {
     "": {
