@@ -70,12 +70,14 @@ def converted(path: Path) -> Converted:
             raise
         return Converted((head,), None, {}, (), _head(head))
     name, left = named(family, SIZES[family](found.get))
+    decided = found.options
     with torch.device("meta"):
-        backbone = build_backbone(name, **left, **found.options)
+        backbone = build_backbone(name, **{**left, **decided})
     tensors = _saved(backbone, found, f"the backbone {name}")
     if head is not None:
         parts = {"backbone": tensors, "head": _head(head)}
         tensors = {f"{part}.{key}": tensor for part, own in parts.items() for key, tensor in own.items()}
+    left = {option: value for option, value in left.items() if option not in decided}
     guessed = tuple(option for option in GUESSED.get(family, ()) if option in left)
     return Converted((found,) if head is None else (found, head), name, left, guessed, tensors)
 

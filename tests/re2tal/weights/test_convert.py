@@ -93,6 +93,19 @@ def test_a_detector_is_converted_with_its_head(tmp_path):
     assert "(entry state_dict_ema)" in command(path).output
 
 
+def test_a_file_that_notes_its_sizes_needs_no_options(tmp_path):
+    """As `pretrain` writes it."""
+    path, target = tmp_path / "backbone.safetensors", tmp_path / "out.safetensors"
+    backbone = build_backbone("slowfast_r50", **SLOWFAST[1], wiring="re2tal")
+    save_file(backbone.state_dict(), path, metadata=note({**SLOWFAST[1], "wiring": "re2tal"}, rewired=True))
+    done = command(path, "--out", target)
+    assert done.exit_code == 0, done.output
+    assert f"backbone.name=slowfast_r50 backbone.weights={target} memory.strategy=rewired" in done.output
+    for file in (path, target):
+        loaded = build_backbone("slowfast_r50", weights=file)
+        assert all(torch.equal(loaded.state_dict()[n], t) for n, t in backbone.state_dict().items())
+
+
 def test_a_head_alone_is_converted(tmp_path):
     head = build_head("actionformer", in_channels=6, classes=20, **HEAD)
     for parameter in head.parameters():
