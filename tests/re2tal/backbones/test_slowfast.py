@@ -91,7 +91,7 @@ def test_the_numbers_are_those_of_pytorchvideo():
     wanted = json.loads(REFERENCE.read_text())
     backbone = build_backbone("slowfast_r50", base=8, fast=1).double().eval()
     fill(backbone.state_dict())
-    for features, name in zip(backbone(formula_clip(8, 32)), ("slow", "fast"), strict=True):
+    for features, name in zip(backbone(formula_clip(8, 32, 32)), ("slow", "fast"), strict=True):
         torch.testing.assert_close(
             features[0], torch.tensor(wanted[name], dtype=torch.float64), rtol=1e-9, atol=1e-9
         )
