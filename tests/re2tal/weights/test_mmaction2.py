@@ -1,4 +1,4 @@
-"""Features of mmaction2's own networks, from files of its layout; how they were made is in `reference/mmaction2.json`."""
+"""Features of mmaction2's own networks, from files of its layout; `reference/mmaction2.json` says what made them."""
 
 import json
 from pathlib import Path
