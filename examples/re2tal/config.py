@@ -95,6 +95,14 @@ class Backbone(Section):
     """Further arguments of the backbone."""
 
 
+class Whole(Section):
+    """Backbone and head together."""
+
+    weights: Path | None = None
+    """File of a trained detector, of one of the layouts of `examples.re2tal.weights`, that this run starts from; it
+    replaces `backbone.weights`."""
+
+
 class Memory(Section):
     """How the backbone does its training step; see `revwire.rewire` for the dials."""
 
@@ -200,6 +208,7 @@ class Config(Section):
     data: Data
     clip: Clip
     backbone: Backbone
+    detector: Whole = Whole()
     start_from: Path | None = None
     """Output folder of a run whose trained model, backbone and head, this one starts from."""
     memory: Memory = Memory()
@@ -231,6 +240,8 @@ class Config(Section):
                 "data.class_agnostic tells actions from background alone and evaluation.video_classes which they are: "
                 "set both, or none"
             )
+        if self.detector.weights is not None and self.start_from is not None:
+            raise ValueError("detector.weights and start_from are two models to start from; give one of them")
         if self.memory.strategy != "rewired" and (dials := self.memory.dials()):
             raise ValueError(
                 f"memory.{next(iter(dials))} is a dial of memory.strategy=rewired, which is {self.memory.strategy}; "

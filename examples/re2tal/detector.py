@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from examples.re2tal.backbones.base import at_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +27,11 @@ class Detector(nn.Module):
     """Backbone and head.
 
     Args:
-        backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps). One that has
-            nothing to train stays in evaluation mode.
+        backbone: From clips (batch, 3, frames, height, width) to features (batch, channels, steps), or the
+            features of several pathways, which are joined. One that has nothing to train stays in evaluation mode.
         head: From features (batch, channels, positions) to predictions.
-        positions: How many the head is given; features of fewer or more steps are interpolated.
+        positions: How many the head is given; features of fewer or more steps are interpolated, each pathway's on
+            their own.
         mean: Of the pixels of each colour, from 0 to 1.
         std: Their standard deviation.
         freeze_batch_norm: The backbone's BatchNorms keep their statistics and weights, as a pretrained one's do when
@@ -58,7 +60,8 @@ class Detector(nn.Module):
             self._frozen = [backbone]
         self.train(self.training)
         for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, 255 * torch.tensor(values).reshape(3, 1, 1, 1), persistent=False)
+            of_bytes = torch.tensor([255 * value for value in values]).reshape(3, 1, 1, 1)
+            self.register_buffer(name, of_bytes, persistent=False)
 
     def forward(self, frames: Tensor, mask: Tensor) -> Predictions:
         """Predictions from `frames` (batch, frames, 3, height, width), uint8, and `mask` (batch, positions)."""
@@ -75,12 +78,7 @@ class Detector(nn.Module):
     def features(self, frames: Tensor) -> Tensor:
         """(batch, channels, positions)."""
         clip = (frames.transpose(1, 2) - self.mean) / self.std
-        features: Tensor = self.backbone(clip)
-        if features.shape[2] != self.positions:
-            features = functional.interpolate(
-                features.float(), self.positions, mode="linear", align_corners=False
-            )
-        return features
+        return at_positions(self.backbone(clip), self.positions)
 
     def loss(self, batch: Batch) -> Losses:
         """The losses of a batch; its forward runs through `self`, as wrappers of this module need."""

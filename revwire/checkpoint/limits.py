@@ -102,6 +102,13 @@ def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all there, each in its place."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return False
+    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
+
+
 def check_arguments(model_args: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
     """Refuse counts and sizes that the tensors of a file cannot fill.
 

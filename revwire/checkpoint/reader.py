@@ -22,7 +22,7 @@ from torch import Tensor
 from revwire import libraries
 from revwire.checkpoint.disk import check_regular
 from revwire.checkpoint.folder import file_in, is_index, shards
-from revwire.checkpoint.limits import check_stored, check_unpacked
+from revwire.checkpoint.limits import check_stored, check_unpacked, is_dense
 from revwire.checkpoint.mapped import Mapped
 from revwire.errors import CheckpointError
 
@@ -208,7 +208,7 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
     entry, state = _state_dict(loaded)
     tensors = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not _is_dense(value):
+        if not isinstance(name, str) or not is_dense(value):
             raise CheckpointError(
                 f"{path} is not a state dict: its entry {str(name)[:100]!r} is a {type(value).__name__}, "
                 f"not a dense tensor; save the weights alone, torch.save(model.state_dict(), file)"
@@ -220,13 +220,6 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
         )
     check_stored(path, tensors)
     return entry, tensors
-
-
-def _is_dense(value: Any) -> bool:
-    """Whether a value is a tensor whose numbers are all there, each in its place."""
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested:
-        return False
-    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

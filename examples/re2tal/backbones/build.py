@@ -9,12 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from examples.re2tal.errors import Re2TALError
+from examples.re2tal.weights.families import found_in
+from examples.re2tal.weights.layouts import load
+from examples.re2tal.weights.reading import SUFFIXES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from examples.re2tal.backbones.base import Backbone
 
@@ -41,8 +42,9 @@ def build_backbone(name: str, *, weights: str | Path | None = None, **options: A
 
     Args:
         name: One of `NAMES`.
-        weights: What its source calls the pretrained weights, to be downloaded; or a file, such as `pretrain` writes;
-            None: random weights.
+        weights: What its source calls the pretrained weights, to be downloaded; None: random weights; or a file: one
+            that `pretrain` wrote, or of one of the layouts of `examples.re2tal.weights`. What such a file decides about
+            the network, as how a SlowFast is wired, is taken from it, where `options` say nothing else.
         options: Of that backbone.
 
     Raises:
@@ -50,27 +52,45 @@ def build_backbone(name: str, *, weights: str | Path | None = None, **options: A
     """
     if name not in _WHERE:
         raise Re2TALError(f"there is no backbone {name!r}; choose one of {', '.join(NAMES)}")
-    build: Callable[..., Backbone] = import_module(f"examples.re2tal.backbones.{_WHERE[name]}").build
-    is_file = weights is not None and Path(weights).suffix in {".safetensors", ".pth", ".pt"}
+    family = family_of(name)
+    build: Callable[..., Backbone] = import_module(f"examples.re2tal.backbones.{family}").build
+    found = found_in(Path(str(weights)), family)[1] if is_file(weights) else None
+    if found is not None:
+        weights, options = None, {**found.options, **options}
     try:
-        backbone = build(name, weights=None if is_file else weights, **options)
+        backbone = build(name, weights=weights, **options)
     except TypeError as error:
         raise Re2TALError(f"backbone {name}: {error}") from None
-    if is_file:
-        _load(backbone, Path(str(weights)))
+    if found is not None:
+        load(backbone, found, "the backbone")
     return backbone
 
 
-def _load(backbone: Backbone, path: Path) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def family_of(name: str) -> str:
+    """The module of a backbone, which is also the name of its family of layouts of weights."""
+    return _WHERE[name]
 
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        backbone.load_state_dict(tensors)
-    except OSError as error:
-        raise Re2TALError(f"{path}: {error.strerror or error}") from None
-    except RuntimeError as error:
-        raise Re2TALError(f"{path} does not fit the backbone: {error}") from None
+
+def named(family: str, sizes: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the backbone of these sizes, and the options that its name does not imply.
+
+    Args:
+        family: As `family_of` says.
+        sizes: Options that say how large it is, as `examples.re2tal.weights` reads them from a file.
+    """
+    known: Mapping[str, Mapping[str, Any]] = import_module(f"examples.re2tal.backbones.{family}").SIZES
+    left = {
+        name: {key: value for key, value in sizes.items() if value != _plain(of[key])}
+        for name, of in known.items()
+    }
+    name = min(left, key=lambda one: len(left[one]))
+    return name, left[name]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def is_file(weights: str | Path | None) -> bool:
+    """Whether weights are a file, and no name that the backbone's source knows."""
+    return weights is not None and str(weights).endswith(SUFFIXES)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchvision.models.video.mvit import MViT
 
+SIZES: dict[str, dict[str, Any]] = {"mvit_v2_s": {}}
+"""By name: the options that say how large it is; there is one size."""
+
 
 class _Tokens(nn.Module):
     """The network without its head: (batch, 3, 16, height, width) to the mean over space of its last tokens."""

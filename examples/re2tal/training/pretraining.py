@@ -21,6 +21,7 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.classification import SegmentClassifier
 from examples.re2tal.training.logs import Log
 from examples.re2tal.training.trainer import Trainer
+from examples.re2tal.weights.families import note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,9 @@ def pretrain(config: Config, device: str = "auto") -> tuple[Path, float]:
         with averaged, gathered_weights(trainer.model):
             weights = {name: t.detach().cpu().contiguous() for name, t in trainer.backbone_weights().items()}
         if world.is_first:
-            save_file(weights, path)
+            settings = trainer.config
+            about = note(settings.backbone.options, rewired=settings.memory.strategy == "rewired")
+            save_file(weights, path, metadata=about)
         world.wait()
     return path, accuracy
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.re2tal.backbones.build import build_backbone
+from examples.re2tal.backbones.build import build_backbone, family_of, is_file
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.data.dataset import Clips
@@ -15,10 +16,10 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.build import build_head
 from examples.re2tal.training.checkpoints import trained_weights
 from examples.re2tal.training.strategy import lay_out
+from examples.re2tal.weights.families import found_in, load_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from examples.re2tal.backbones.base import Backbone
     from examples.re2tal.data.annotations import Annotations
@@ -62,10 +63,37 @@ def clips_of(config: Config, annotations: Annotations, *, training: bool) -> Cli
     )
 
 
+def resolved(config: Config) -> Config:
+    """The settings, with what a file of weights decides about the backbone, such as its wiring, among its options.
+
+    A run that goes on when its file is gone keeps what it once was resolved to.
+
+    Raises:
+        Re2TALError: the weights are of a rewired network and memory.strategy leaves it as it was, or the file cannot be
+            read.
+    """
+    given, run = _weights_of(config), config.output / "config.yaml"
+    if not is_file(given):
+        return config
+    path, backbone = Path(str(given)), config.backbone
+    if not path.exists() and run.exists():
+        decided = read_config(run).backbone.options
+    else:
+        _, found = found_in(path, family_of(backbone.name))
+        decided = found.options
+        if found.layout.rewired and config.memory.strategy != "rewired":
+            raise Re2TALError(
+                f"{path} holds weights of a rewired network, which is another function under "
+                f"memory.strategy={config.memory.strategy}; give memory.strategy=rewired"
+            )
+    changed = backbone.model_copy(update={"options": {**decided, **backbone.options}})
+    return config.model_copy(update={"backbone": changed})
+
+
 def backbone_of(config: Config, *, weights: bool = True) -> Backbone:
     """The backbone as it is built, with its pretrained weights if they are wanted."""
-    name, given = config.backbone.name, config.backbone.weights if weights else None
-    return build_backbone(name, weights=given, **config.backbone.options)
+    given = _weights_of(config) if weights else None
+    return build_backbone(config.backbone.name, weights=given, **config.backbone.options)
 
 
 def detector_of(
@@ -76,13 +104,16 @@ def detector_of(
     Args:
         config: The experiment.
         classes: How many the data set has.
-        weights: Load the backbone's pretrained weights; not needed where a checkpoint is loaded.
+        weights: Load the backbone's pretrained weights, or those of a whole detector; not needed where a checkpoint is
+            loaded.
         head: Makes another head than `config.head` from the numbers of channels and classes.
     """
     torch.manual_seed(config.seed)
     backbone = backbone_of(config, weights=weights)
     classes = 1 if config.data.class_agnostic else classes
     made = head(backbone.channels, classes) if head is not None else _head(config, backbone.channels, classes)
+    if weights and head is None and config.detector.weights is not None:
+        load_head(made, config.detector.weights)
     mean, std = backbone.mean, backbone.std
     example = torch.randn(config.optim.batch, 3, config.clip.frames, *config.clip.size)
     laid_out = lay_out(backbone, example, strategy=config.memory.strategy, **config.memory.dials())
@@ -111,3 +142,7 @@ def trained(run: Path) -> tuple[Config, tuple[str, ...], Detector]:
 
 def _head(config: Config, channels: int, classes: int) -> Head:
     return build_head(config.head.name, in_channels=channels, classes=classes, **config.head.options)
+
+
+def _weights_of(config: Config) -> str | Path | None:
+    return config.detector.weights or config.backbone.weights

@@ -27,7 +27,7 @@ from examples.re2tal.evaluation.metrics import evaluate
 from examples.re2tal.training import checkpoints
 from examples.re2tal.training.logs import Log, peak_gib
 from examples.re2tal.training.optim import Average, optimizer_of, saved_buffers, schedule
-from examples.re2tal.training.setup import annotations_of, clips_of, detector_of
+from examples.re2tal.training.setup import annotations_of, clips_of, detector_of, resolved
 from revwire.checkpoint.disk import write_text
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, world: World, head: Callable[[int, int], Any] | None = None) -> None:
+        config = resolved(config)
         self.config, self.world = config, world
         state = checkpoints.latest(self.folder)
         if state is not None:

@@ -131,9 +131,9 @@ def test_pieces_come_back_in_their_order():
     cut = pieces(clip, 4, [2, 2])
     assert cut.shape == (4, 3, 4, 2, 2)
     assert torch.equal(rejoined(cut.mean(dim=(3, 4)), 2), clip.mean(dim=(3, 4)))
-    with pytest.raises(Re2TALError, match="takes 3 pictures of 2 x 2, or a multiple"):
+    with pytest.raises(Re2TALError, match="takes 3 pictures, or a multiple of them, not 8"):
         pieces(clip, 3, [2, 2])
-    with pytest.raises(Re2TALError, match="takes 4 pictures of 4 x 4"):
+    with pytest.raises(Re2TALError, match="takes pictures of 4 x 4, not 2 x 2"):
         pieces(clip, 4, [4, 4])
 
 
@@ -161,6 +161,53 @@ def test_errors_name_what_there_is():
     with pytest.raises(Re2TALError, match="no pretrained weights 'KINETICS'"):
         build_backbone("convnet", weights="KINETICS")
     assert set(NAMES) >= {"mvit_v2_s", "slowfast_r101", "swin3d_b", "videomae_l"}
+
+
+def test_videomae_interpolates_its_table_of_positions():
+    """Bicubic over height and width, each time on its own; not the table that another picture size would compute."""
+    backbone, *_ = small("videomae_b")
+    backbone = backbone.double().eval()
+    clip = torch.randn(1, 3, 16, 64, 48, dtype=torch.float64)
+    model = backbone.model
+    table = model.embeddings.position_embeddings.unflatten(1, (8, 2, 2))[0]  # (time, height, width, channels)
+    planes = [
+        torch.nn.functional.interpolate(plane.permute(2, 0, 1)[None], (4, 3), mode="bicubic")
+        for plane in table
+    ]
+    patches = model.embeddings.patch_embeddings.projection(clip)
+    tokens = (patches + torch.cat(planes).transpose(0, 1)[None]).flatten(2).transpose(1, 2)
+    wanted = model.encoder(tokens).last_hidden_state.transpose(1, 2).reshape(patches.shape)
+    torch.testing.assert_close(backbone.map(clip), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(backbone(clip), wanted.mean(dim=(3, 4)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_videomae_is_transformers_network_at_its_own_size(pooled):
+    options, frames, side, _ = SMALL["videomae_b"]
+    backbone, clip = (
+        build_backbone("videomae_b", **options, use_mean_pooling=pooled),
+        torch.randn(2, 3, frames, side, side),
+    )
+    assert (backbone.model.layernorm is None) == pooled
+    parts = clip.unflatten(2, (2, 16)).transpose(1, 2).flatten(0, 1).transpose(1, 2)
+    tokens = backbone.model(parts).last_hidden_state
+    wanted = tokens.unflatten(1, (8, 4)).mean(dim=2).unflatten(0, (2, 2)).flatten(1, 2).transpose(1, 2)
+    torch.testing.assert_close(backbone(clip), wanted)
+    epsilons = {m.eps for m in backbone.modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert epsilons == {1e-6}
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_videomae_from_the_hub_is_the_network_that_a_run_builds_without_it(pooled, tmp_path):
+    """Whatever norm the hub's model has at its end, so that a run goes on without asking the hub."""
+    options, *_ = SMALL["videomae_b"]
+    original = build_backbone("videomae_b", **options, use_mean_pooling=pooled)
+    original.model.save_pretrained(tmp_path)
+    loaded, fresh = build_backbone("videomae_b", weights=tmp_path), build_backbone("videomae_b", **options)
+    fresh.load_state_dict(loaded.state_dict())
+    clip = torch.randn(1, 3, 16, 32, 32)
+    assert torch.equal(loaded.eval()(clip), fresh.eval()(clip))
+    assert {m.eps for m in loaded.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
 
 
 def test_mvit_takes_pieces_of_sixteen_pictures():
@@ -205,36 +252,5 @@ def test_stages_are_chains_that_end_in_the_mean_of_their_streams():
             x = two_streams(x, [block.branch for block in blocks]) if len(blocks) > 1 else stage(x)
         return backbone.norm(x).mean(dim=(3, 4))
 
-    rewired = lay_out(copy.deepcopy(backbone), clip, strategy="rewired").eval()
-    same_function_and_gradients(rewired, literal, backbone, clip)
-
-
-def test_slowfast_is_rewired_between_its_laterals():
-    pytest.importorskip("pytorchvideo.models.slowfast", reason="pytorchvideo is an optional source")
-    backbone = build_backbone("slowfast_r50").eval()
-    clip = torch.randn(1, 3, 32, 64, 64)
-    assert backbone(clip).shape == (1, 2304, 8)
-    plan = revwire.plan(backbone, (clip,))
-    # two pathways of four stages, whose first blocks change the shape
-    assert [len(chain.steps) for chain in plan.chains] == [2, 2, 3, 3, 5, 5, 2, 2]
-
-    def stage(blocks, x):
-        # its ReLU after the sum moves into the branch; the first block, which changes the shape, stays as it is
-        rest = [lambda y, block=block: torch.relu(block.branch2(y)) for block in blocks[1:]]
-        return two_streams(blocks[0](x), rest)
-
-    def literal(clip):
-        paths = backbone.blocks[0]([clip[:, :, ::4], clip])
-        for level in backbone.blocks[1:]:
-            chains = level.multipathway_blocks
-            paths = [stage(chain.res_blocks, x) for chain, x in zip(chains, paths, strict=True)]
-            paths = paths if level.multipathway_fusion is None else level.multipathway_fusion(paths)
-        slow, fast = (path.mean(dim=(3, 4)) for path in paths)
-        return torch.cat([slow, torch.nn.functional.avg_pool1d(fast, 4)], dim=1)
-
-    backbone, clip = backbone.double(), clip.double()
-    for parameter in backbone.parameters():
-        if parameter.ndim == 1:  # pytorchvideo begins with branches of zero
-            torch.nn.init.uniform_(parameter, 0.5, 1.0)
     rewired = lay_out(copy.deepcopy(backbone), clip, strategy="rewired").eval()
     same_function_and_gradients(rewired, literal, backbone, clip)
