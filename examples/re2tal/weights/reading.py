@@ -17,6 +17,7 @@ from torch import Tensor
 from examples.re2tal.errors import Re2TALError
 from revwire.checkpoint.disk import check_regular
 from revwire.checkpoint.limits import check_stored, check_unpacked, is_dense
+from revwire.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,9 +77,16 @@ def read(path: Path) -> Stored:
     """Open a file of weights; tensors are mapped, not read, where the format allows that.
 
     Raises:
-        Re2TALError: it is damaged, or it holds objects whose unpickling could run code.
-        CheckpointError: there is no regular file, or it would be many times larger once it is opened.
+        Re2TALError: there is none, it is damaged, would be many times larger once it is opened, or holds objects whose
+            unpickling could run code.
     """
+    try:
+        return _read(path)
+    except CheckpointError as error:
+        raise Re2TALError(str(error)) from None
+
+
+def _read(path: Path) -> Stored:
     check_regular(path)
     try:
         with path.open("rb") as file:

@@ -141,7 +141,7 @@ def test_files_that_are_none_are_told_in_one_line(content, tmp_path):
     path.write_bytes(content)
     with (
         warnings.catch_warnings(),
-        pytest.raises(Re2TALError, match=r"is no whole .*download or save it again") as caught,
+        pytest.raises(Re2TALError, match=r"is (no|not a) whole .*download or save it again") as caught,
     ):
         read(path)
     assert "\n" not in str(caught.value)
@@ -152,7 +152,7 @@ def test_a_cut_file_is_told(tmp_path):
     for write in (save_file, torch.save):
         write({"a": torch.ones(1000)}, path)
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(Re2TALError, match="is no whole"):
+        with pytest.raises(Re2TALError, match="is (no|not a) whole"):
             read(path)
     with pytest.raises(Re2TALError, match="Is a directory"):
         read(tmp_path)
