@@ -103,12 +103,13 @@ class Candidates:
 
 
 def candidates(predictions: Predictions, *, threshold: float = 0.001, topk: int = 2000) -> list[Candidates]:
-    """The best pairs of point and class of each clip, at most `topk`, of a score above `threshold`."""
-    points, positions = predictions.points, float(predictions.points.position.max()) + 1
+    """The best pairs of point and class of each clip, at most `topk`, of a score above `threshold`.
+
+    Segments may reach beyond the clip: an action that a window shows a part of is found as long as it is, and
+    `TimeGrid.seconds` cuts it to the video.
+    """
     scores = predictions.logits.float().sigmoid() * predictions.mask[..., None]
-    offsets = predictions.offsets.float() * points.stride[:, None]
-    both = torch.stack([points.position - offsets[..., 0], points.position + offsets[..., 1]], dim=-1)
-    segments = both.clamp(0.0, positions)
+    segments = predictions.segments()
     found = []
     for clip_scores, clip_segments in zip(scores, segments, strict=True):
         best, order = clip_scores.flatten().sort(descending=True, stable=True)
