@@ -22,6 +22,9 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What autocast runs a detector in, by the setting `optim.amp`."""
 
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+
+
 class Detector(nn.Module):
     """Backbone and head.
 
@@ -34,6 +37,7 @@ class Detector(nn.Module):
         std: Their standard deviation.
         freeze_batch_norm: The backbone's BatchNorms keep their statistics and weights, as a pretrained one's do when
             batches are small.
+        freeze_norms: So do all norms of the backbone, LayerNorm and GroupNorm, too (OpenTAD's `norm_eval`).
     """
 
     mean: Tensor
@@ -48,10 +52,12 @@ class Detector(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         freeze_batch_norm: bool = False,
+        freeze_norms: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.positions = backbone, head, positions
-        self._frozen = [m for m in backbone.modules() if freeze_batch_norm and isinstance(m, _BatchNorm)]
+        kinds = _NORMS if freeze_norms else (_BatchNorm,) if freeze_batch_norm else ()
+        self._frozen = [module for module in backbone.modules() if isinstance(module, kinds)]
         for module in self._frozen:
             module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in backbone.parameters()):

@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from examples.re2tal.config import thresholds
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.metrics import evaluate, recall_at
 from examples.re2tal.evaluation.postprocess import read_submission
 from examples.re2tal.report.table import table_of
+from examples.re2tal.sections import thresholds
 
 
 def main(

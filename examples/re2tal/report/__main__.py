@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from examples.re2tal.config import thresholds
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.postprocess import read_submission
 from examples.re2tal.report.page import write_report
+from examples.re2tal.sections import thresholds
 
 
 def main(

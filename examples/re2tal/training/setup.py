@@ -41,24 +41,18 @@ def annotations_of(config: Config) -> Annotations:
 
 def clips_of(config: Config, annotations: Annotations, *, training: bool) -> Clips:
     """The clips to train on, or to evaluate."""
-    data, clip = config.data, config.clip
-    augment: Any = clip.augment.model_dump()
+    data = config.data
     return Clips(
         annotations,
         data.train if training else data.evaluate,
         data.videos,
-        sampling=clip.sampling,
-        frames=clip.frames,
-        positions=clip.positions,
-        size=clip.size,
-        rate=clip.rate,
-        overlap=clip.overlap,
         training=training,
         seed=config.seed,
         class_agnostic=data.class_agnostic,
+        shortest=data.shortest,
         missing_ok=data.missing_ok,
         decoder=data.decoder,
-        augment=augment,
+        **config.clip.arguments(),
     )
 
 
@@ -93,6 +87,7 @@ def detector_of(
         mean=mean,
         std=std,
         freeze_batch_norm=config.backbone.freeze_batch_norm,
+        freeze_norms=config.backbone.freeze_norms,
     )
 
 
