@@ -116,7 +116,6 @@ class ByFrame:
 
     def _view(self, chosen: Integers, duration: float, count: int) -> View:
         """The view of some pictures, the last repeated as often as needed."""
-        second = duration / count
         indices = np.pad(chosen, (0, self.frames - len(chosen)), mode="edge")
-        grid = TimeGrid(chosen[0] * second, self.stride * second, duration)
-        return View(indices * second, len(chosen) // self._each, grid, indices)
+        grid = TimeGrid(float(chosen[0]), float(self.stride), duration, rate=count / duration)
+        return View(indices * (duration / count), len(chosen) // self._each, grid, indices)

@@ -14,7 +14,7 @@ that a player would show then. Two ways to sample (Re2TAL, section 4.1; the name
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,29 +41,32 @@ _EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """The moments of a clip's positions: position `p` is at `origin + p * step` seconds of its video.
+    """The moments of a clip's positions: position `p` is at `(origin + p * step) / rate` seconds of its video.
 
     Attributes:
-        origin: Seconds of position 0.
-        step: Seconds from one position to the next.
+        origin: Seconds, or number of the frame, of position 0.
+        step: Seconds, or frames, from one position to the next.
         duration: The video's length in seconds.
+        rate: How many of the units of origin and step are a second.
     """
 
     origin: float
     step: float
     duration: float
+    rate: float = 1.0
 
     def seconds(self, positions: Floats) -> Floats:
         """Seconds of positions (any shape), within the video."""
-        return np.clip(self.moments(positions), 0.0, self.duration)
+        return np.clip(self.moments(np.asarray(positions, dtype=np.float64)), 0.0, self.duration)
 
-    def moments(self, positions: Floats) -> Floats:
-        """Seconds of positions (any shape), also before and after the video."""
-        return self.origin + np.asarray(positions, dtype=np.float64) * self.step
+    def moments(self, positions: NDArray[Any]) -> NDArray[Any]:
+        """Seconds of positions (any shape), also before and after the video, as precise as they are."""
+        found: NDArray[Any] = (np.asarray(positions) * self.step + self.origin) / self.rate
+        return found
 
     def positions(self, seconds: Floats) -> Floats:
         """Positions of moments (any shape); those outside of the clip lie outside of its positions."""
-        return (np.asarray(seconds, dtype=np.float64) - self.origin) / self.step
+        return (np.asarray(seconds, dtype=np.float64) * self.rate - self.origin) / self.step
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
     from examples.re2tal.config import Config
+    from examples.re2tal.data.sampling import TimeGrid
+    from examples.re2tal.detector import Candidates
     from examples.re2tal.distributed.world import World
     from examples.re2tal.sections import Evaluating
 
@@ -125,11 +127,17 @@ def _windows(
                     predictions = model(batch.frames.to(world.device), batch.mask.to(world.device))
                 best = candidates(predictions, threshold=settings.threshold, topk=settings.topk)
                 for key, grid, clip in zip(batch.videos, batch.grids, best, strict=True):
-                    windows[key].append(Detections.of(grid.moments(clip.segments), clip.scores, clip.labels))
+                    windows[key].append(in_seconds(clip, grid, settings))
             if progress is not None:
                 progress(done, len(items))
     model.train(was_training)
     return windows, skipped
+
+
+def in_seconds(clip: Candidates, grid: TimeGrid, settings: Evaluating) -> Detections:
+    """Candidates in seconds, not cut to the video; in OpenTAD's precision where its rounding is wanted."""
+    positions = clip.segments.astype(np.float32) if settings.dialect == "opentad" else clip.segments
+    return Detections.of(grid.moments(positions), clip.scores, clip.labels)
 
 
 def of_video(
