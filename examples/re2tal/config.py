@@ -26,13 +26,13 @@ class ConfigError(Re2TALError):
 class Config(Section):
     """An experiment."""
 
-    recipe: Literal["revwire", "opentad"] = "revwire"
-    """Whose defaults hold for what is not set, see `examples.re2tal.recipes`."""
     output: Path
     """Folder of everything that the run writes."""
     data: Data
     clip: Clip
     backbone: Backbone
+    recipe: Literal["revwire", "opentad"] = "revwire"
+    """Whose defaults hold for what is not set, see `examples.re2tal.recipes`."""
     start_from: Path | None = None
     """Output folder of a run whose trained model, backbone and head, this one starts from."""
     memory: Memory = Memory()

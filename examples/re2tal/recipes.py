@@ -61,7 +61,8 @@ _ALWAYS: dict[str, Any] = {
 }
 
 _WINDOW: dict[str, Any] = {
-    "clip": {"sampling": "window", "frames": 1024, "positions": 512, "stride": 4, "overlap": 0.5},
+    # the rate is that of the strides in videos of 30 frames a second, for clip.by=time
+    "clip": {"sampling": "window", "frames": 1024, "positions": 512, "stride": 4, "rate": 15, "overlap": 0.5},
     "head": {"options": {"channels": 512, "normalizer": 100, "label_smoothing": 0.0, "loss_weight": 1.0}},
     # the rate falls as if there were 1,500 epochs: it hardly falls
     "optim": {"epochs": 120, "cosine": 1500, "batch": 2, "lr": 1e-4},

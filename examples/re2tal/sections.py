@@ -103,6 +103,8 @@ class Backbone(Section):
     """Leave the statistics and weights of BatchNorm as they are, as Re2TAL does."""
     freeze_norms: bool = False
     """The same of all norms, as OpenTAD does: LayerNorm and GroupNorm, too."""
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """Probability to leave out a residual branch of the last block, rising from 0; the backbone's own if not given."""
     options: dict[str, Any] = {}
     """Further arguments of the backbone."""
 

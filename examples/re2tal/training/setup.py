@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import DropPath
+from torchvision.ops import StochasticDepth
 
 from examples.re2tal.backbones.build import build_backbone
 from examples.re2tal.config import Config, read_config
@@ -57,9 +59,24 @@ def clips_of(config: Config, annotations: Annotations, *, training: bool) -> Cli
 
 
 def backbone_of(config: Config, *, weights: bool = True) -> Backbone:
-    """The backbone as it is built, with its pretrained weights if they are wanted."""
+    """The backbone as it is built, with its pretrained weights if they are wanted.
+
+    Raises:
+        Re2TALError: it is not as `build_backbone` needs it, or `backbone.drop_path` is set and it has none.
+    """
     name, given = config.backbone.name, config.backbone.weights if weights else None
-    return build_backbone(name, weights=given, **config.backbone.options)
+    backbone = build_backbone(name, weights=given, **config.backbone.options)
+    if (rate := config.backbone.drop_path) is not None:
+        paths = [m for m in backbone.modules() if isinstance(m, StochasticDepth | DropPath)]
+        if not paths:
+            raise Re2TALError(f"the backbone {name} has no drop path; leave backbone.drop_path out")
+        for i, path in enumerate(paths):
+            own = rate * i / max(1, len(paths) - 1)
+            if isinstance(path, StochasticDepth):
+                path.p = own
+            else:
+                path.drop_prob = own
+    return backbone
 
 
 def detector_of(
