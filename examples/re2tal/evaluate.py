@@ -44,7 +44,7 @@ def main(
         results, unknown = read_submission(predictions, truth.classes)
         values = thresholds(tiou)
         found = evaluate(truth, results, subset=subset, tiou=values, drop_duplicates=drop_duplicates)
-        recall = recall_at(truth, results, subset=subset, tiou=values)
+        recall = recall_at(truth, results, subset=subset, tiou=values, drop_duplicates=drop_duplicates)
     except (Re2TALError, ValueError) as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
