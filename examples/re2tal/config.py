@@ -1,4 +1,4 @@
-"""One experiment, one YAML file: every setting, its default and what it means. A key that nobody knows is an error."""
+"""One experiment, one YAML file; `examples.re2tal.sections` has its settings. A key that nobody knows is an error."""
 
 from __future__ import annotations
 
@@ -6,198 +6,32 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from examples.re2tal.errors import Re2TALError
+from examples.re2tal.recipes import with_recipe
+from examples.re2tal.sections import (
+    Backbone,
+    Clip,
+    Data,
+    Evaluating,
+    Head,
+    Loader,
+    Memory,
+    Optim,
+    Section,
+    Whole,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 FOLDER = Path(__file__).parent / "configs"
 
 
 class ConfigError(Re2TALError):
     """A setting is not as it must be; the message names it."""
-
-
-class Section(BaseModel):
-    """Settings that belong together."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Data(Section):
-    """The data set."""
-
-    annotations: Path
-    """The annotation file, in any dialect of `examples.re2tal.data.annotations`."""
-    videos: Path
-    """Folder of the video files."""
-    classes: Path | None = None
-    """Class names, one a line; the annotation file's own order if not given."""
-    blocked: Path | None = None
-    """JSON list of ids to leave out."""
-    train: str = "training"
-    """Subset to train on."""
-    evaluate: str = "validation"
-    """Subset to evaluate on."""
-    class_agnostic: bool = False
-    """Tell only action from background; `evaluation.video_classes` then says which action it is."""
-    missing_ok: bool = False
-    """Go on without the videos whose files are missing."""
-    decoder: Literal["pyav", "torchcodec"] = "pyav"
-    """What decodes the videos."""
-
-
-class Augment(Section):
-    """What training changes about the pictures."""
-
-    crop: float = Field(1.0, gt=0, le=1)
-    """Least part of the picture that is shown."""
-    flip: bool = False
-    """Mirror half of the clips."""
-    jitter: float = Field(0.0, ge=0, le=1)
-    """By which part brightness, contrast and saturation change at most."""
-
-
-class Clip(Section):
-    """What the model sees of a video."""
-
-    sampling: Literal["resize", "window"] = "window"
-    """The whole video, or windows of a fixed rate."""
-    frames: int = Field(gt=0)
-    """Pictures in a clip."""
-    positions: int = Field(gt=0)
-    """Positions of the head; `frames` is a multiple of them."""
-    size: tuple[int, int]
-    """Height and width of the pictures."""
-    rate: float = Field(30.0, gt=0)
-    """Pictures a second, in windows."""
-    overlap: float = Field(0.5, ge=0, lt=1)
-    """Of the windows of evaluation."""
-    augment: Augment = Augment()
-
-
-class Backbone(Section):
-    """From pictures to features."""
-
-    name: str
-    """One of `examples.re2tal.backbones.build.NAMES`."""
-    weights: str | None = None
-    """What its source calls its pretrained weights, or a file; random weights if not given."""
-    freeze_batch_norm: bool = False
-    """Leave the statistics and weights of BatchNorm as they are, as Re2TAL does."""
-    options: dict[str, Any] = {}
-    """Further arguments of the backbone."""
-
-
-class Whole(Section):
-    """Backbone and head together."""
-
-    weights: Path | None = None
-    """File of a trained detector, of one of the layouts of `examples.re2tal.weights`, that this run starts from; it
-    replaces `backbone.weights`."""
-
-
-class Memory(Section):
-    """How the backbone does its training step; see `revwire.rewire` for the dials."""
-
-    strategy: Literal["plain", "checkpoint", "rewired", "frozen"] = "rewired"
-    """With *rewired*, this is Re2TAL."""
-    chunks: int | dict[str, int] | None = None
-    """Run branches over slices of the batch."""
-    anchor: str | None = None
-    """Steps that keep their input."""
-    transitions: Literal["keep", "checkpoint"] | None = None
-    """What the blocks between the chains do."""
-    budget: str | None = None
-    """A size such as 12GiB that the backbone's step has to fit in; chooses the other dials."""
-    exact: bool | None = None
-    """Reconstruct bit for bit."""
-    compile: bool | None = None
-    """Compile the branches."""
-
-    def dials(self) -> dict[str, Any]:
-        """Those that were set."""
-        return {key: value for key, value in self if key != "strategy" and value is not None}
-
-
-class Head(Section):
-    """From features to predictions."""
-
-    name: str = "actionformer"
-    """One of `examples.re2tal.heads.build.NAMES`."""
-    options: dict[str, Any] = {}
-    """Further arguments of the head."""
-
-
-class Optim(Section):
-    """The optimizer, AdamW, and what it runs on."""
-
-    epochs: int = Field(gt=0)
-    """Of training."""
-    warmup: float = Field(5, ge=0)
-    """Epochs of rising learning rate, from zero; then it falls as a cosine, to zero."""
-    batch: int = Field(1, gt=0)
-    """Clips that one process runs at once."""
-    accumulate: int = Field(1, gt=0)
-    """Batches that one step of the optimizer adds up."""
-    lr: float = Field(1e-4, gt=0)
-    """Learning rate of the head."""
-    backbone_lr: float = Field(1e-5, gt=0)
-    """Learning rate of the backbone."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Of weights; biases, norms and scales have none."""
-    clip: float | None = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
-    ema: float | None = Field(0.999, ge=0, lt=1)
-    """How slowly the averaged weights follow, which are evaluated; less at first."""
-    amp: Literal["none", "bf16", "fp16"] = "bf16"
-    """Autocast."""
-
-
-class Loader(Section):
-    """The processes that decode."""
-
-    workers: int = Field(2, ge=0)
-    """How many, for each training process."""
-    prefetch: int = Field(2, gt=0)
-    """Batches that each has ready."""
-
-
-class Evaluating(Section):
-    """From candidates to mAP."""
-
-    tiou: str = "0.3:0.1:0.7"
-    """Thresholds, first:step:last or a list with commas."""
-    batch: int = Field(1, gt=0)
-    """Clips that are run at once."""
-    threshold: float = Field(0.001, ge=0)
-    """Least score of a candidate."""
-    topk: int = Field(2000, gt=0)
-    """Most candidates of a clip."""
-    sigma: float = Field(0.7, gt=0)
-    """Of soft-NMS."""
-    limit: int = Field(2000, gt=0)
-    """Most detections of a video."""
-    voting: float | None = Field(None, gt=0, le=1)
-    """Least tIoU of a vote for a boundary, in class-agnostic detection; no voting if not given."""
-    video_classes: Path | None = None
-    """Scores of whole videos by another network, see `examples.re2tal.evaluation.postprocess`."""
-    video_rule: Literal["product", "sqrt"] = "product"
-    """How its scores are joined with the detections'."""
-    every: int = Field(0, ge=0)
-    """Evaluate after so many epochs, too; 0: only at the end."""
-
-    @field_validator("tiou")
-    @classmethod
-    def _readable(cls, value: str) -> str:
-        thresholds(value)
-        return value
 
 
 class Config(Section):
@@ -209,6 +43,8 @@ class Config(Section):
     clip: Clip
     backbone: Backbone
     detector: Whole = Whole()
+    recipe: Literal["revwire", "opentad"] = "revwire"
+    """Whose defaults hold for what is not set, see `examples.re2tal.recipes`."""
     start_from: Path | None = None
     """Output folder of a run whose trained model, backbone and head, this one starts from."""
     memory: Memory = Memory()
@@ -227,6 +63,11 @@ class Config(Section):
     keep: int = Field(2, gt=0)
     """How many checkpoints are kept."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_recipe(cls, settings: Any) -> Any:
+        return with_recipe(settings) if isinstance(settings, dict) else settings
+
     @model_validator(mode="after")
     def _sound(self) -> Config:
         if self.clip.frames % self.clip.positions:
@@ -235,6 +76,12 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup ({self.optim.warmup:g}) leaves nothing of {self.optim.epochs} epochs"
             )
+        if self.optim.cosine is not None and self.optim.cosine < self.optim.epochs:
+            raise ValueError(
+                f"optim.cosine ({self.optim.cosine}) is shorter than {self.optim.epochs} optim.epochs"
+            )
+        if self.clip.fit == "crop" and (side := self.clip.augment.short_side) and side < max(self.clip.size):
+            raise ValueError(f"clip.augment.short_side ({side}) is smaller than clip.size {self.clip.size}")
         if self.data.class_agnostic != (self.evaluation.video_classes is not None):
             raise ValueError(
                 "data.class_agnostic tells actions from background alone and evaluation.video_classes which they are: "
@@ -279,26 +126,6 @@ def read_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         faults = "\n".join(f"  {_told(fault)}" for fault in error.errors())
         raise ConfigError(f"{path}:\n{faults}") from None
-
-
-def thresholds(text: str) -> NDArray[np.float64]:
-    """TIoU thresholds from `first:step:last`, the last included, or from a list with commas.
-
-    Raises:
-        ValueError: it is neither, or a threshold is not within 0 and 1.
-    """
-    try:
-        if ":" in text:
-            first, step, last = (float(part) for part in text.split(":"))
-            values = np.linspace(first, last, round((last - first) / step) + 1)
-            sound = step > 0 and np.allclose(np.diff(values), step)
-        else:
-            values, sound = np.array([float(part) for part in text.split(",")]), True
-    except (ValueError, ZeroDivisionError):
-        sound = False
-    if not sound or not len(values) or not np.all((values > 0) & (values <= 1)):
-        raise ValueError(f"{text!r} are no thresholds; write 0.5:0.05:0.95 or 0.3,0.5,0.7")
-    return values
 
 
 def _override(settings: Any, override: str) -> None:

@@ -23,6 +23,9 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What autocast runs a detector in, by the setting `optim.amp`."""
 
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+
+
 class Detector(nn.Module):
     """Backbone and head.
 
@@ -36,6 +39,7 @@ class Detector(nn.Module):
         std: Their standard deviation.
         freeze_batch_norm: The backbone's BatchNorms keep their statistics and weights, as a pretrained one's do when
             batches are small.
+        freeze_norms: So do all norms of the backbone, LayerNorm and GroupNorm, too (OpenTAD's `norm_eval`).
     """
 
     mean: Tensor
@@ -50,10 +54,12 @@ class Detector(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         freeze_batch_norm: bool = False,
+        freeze_norms: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.positions = backbone, head, positions
-        self._frozen = [m for m in backbone.modules() if freeze_batch_norm and isinstance(m, _BatchNorm)]
+        kinds = _NORMS if freeze_norms else (_BatchNorm,) if freeze_batch_norm else ()
+        self._frozen = [module for module in backbone.modules() if isinstance(module, kinds)]
         for module in self._frozen:
             module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
@@ -101,12 +107,13 @@ class Candidates:
 
 
 def candidates(predictions: Predictions, *, threshold: float = 0.001, topk: int = 2000) -> list[Candidates]:
-    """The best pairs of point and class of each clip, at most `topk`, of a score above `threshold`."""
-    points, positions = predictions.points, float(predictions.points.position.max()) + 1
+    """The best pairs of point and class of each clip, at most `topk`, of a score above `threshold`.
+
+    Segments may reach beyond the clip: an action that a window shows a part of is found as long as it is, and
+    `TimeGrid.seconds` cuts it to the video.
+    """
     scores = predictions.logits.float().sigmoid() * predictions.mask[..., None]
-    offsets = predictions.offsets.float() * points.stride[:, None]
-    both = torch.stack([points.position - offsets[..., 0], points.position + offsets[..., 1]], dim=-1)
-    segments = both.clamp(0.0, positions)
+    segments = predictions.segments()
     found = []
     for clip_scores, clip_segments in zip(scores, segments, strict=True):
         best, order = clip_scores.flatten().sort(descending=True, stable=True)

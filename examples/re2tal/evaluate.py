@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from examples.re2tal.config import thresholds
 from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.evaluation.metrics import evaluate, recall_at
 from examples.re2tal.evaluation.postprocess import read_submission
 from examples.re2tal.report.table import table_of
+from examples.re2tal.sections import thresholds
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
         results, unknown = read_submission(predictions, truth.classes)
         values = thresholds(tiou)
         found = evaluate(truth, results, subset=subset, tiou=values, drop_duplicates=drop_duplicates)
-        recall = recall_at(truth, results, subset=subset, tiou=values)
+        recall = recall_at(truth, results, subset=subset, tiou=values, drop_duplicates=drop_duplicates)
     strangers = len(results.keys() - truth.blocked - {video.id for video in truth.subset(subset)})
     if as_json:
         print(

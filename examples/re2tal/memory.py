@@ -20,15 +20,16 @@ from revwire.checkpoint.disk import write_text
 
 def main(
     configs: Annotated[list[str], typer.Argument(help="YAML files, or names of shipped configurations.")],
+    change: Annotated[list[str] | None, typer.Option("--set", help="A setting, as key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, too.")] = None,
 ) -> None:
     """Print what a training step of an experiment needs, done in several ways, before it is run.
 
-    Example: python -m examples.re2tal.memory swin_t_thumos14 videomae_l_thumos14
+    Example: python -m examples.re2tal.memory swin_t_thumos14 videomae_l_thumos14 --set optim.batch=1
     """
     found = {}
     for name in configs:
-        estimates = estimates_of(name)
+        estimates = estimates_of(name, overrides=change or ())
         terminal().print(estimates)
         found[name] = estimates.to_dict()
     if out is not None:

@@ -41,10 +41,12 @@ def check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot open {path}: {_reason(error)}") from error
     if not stat.S_ISREG(mode):
-        raise CheckpointError(
-            f"cannot open {path}: it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; a checkpoint in a pipe is read "
-            f"from standard input, which is called {STDIN}"
+        hint = (
+            f"; a checkpoint in a pipe is read from standard input, which is called {STDIN}"
+            if stat.S_ISFIFO(mode)
+            else ""
         )
+        raise CheckpointError(f"cannot open {path}: it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}{hint}")
 
 
 def text_of(path: Path, most: int) -> str:

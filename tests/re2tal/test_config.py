@@ -4,8 +4,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.re2tal.config import FOLDER, ConfigError, read_config, thresholds
+from examples.re2tal.config import FOLDER, ConfigError, read_config
 from examples.re2tal.heads.build import build_head
+from examples.re2tal.sections import thresholds
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))

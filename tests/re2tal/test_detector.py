@@ -87,7 +87,7 @@ def test_candidates_are_the_best_pairs_of_point_and_class():
                 if mask[clip, i] and score > 0.4:
                     t, stride = float(points.position[i]), float(points.stride[i])
                     left, right = (offsets[clip, i] * stride).tolist()
-                    rows.append((score, max(t - left, 0.0), min(t + right, 8.0), k))
+                    rows.append((score, t - left, t + right, k))
         rows = sorted(rows, reverse=True)[:5]
         assert np.allclose(found[clip].scores, [row[0] for row in rows], atol=1e-6)
         assert np.allclose(found[clip].segments, [row[1:3] for row in rows], atol=1e-5)

@@ -19,18 +19,31 @@ class Change:
         crop: The least part of the picture's area that is shown, scaled up to `size`; 1: all of it.
         flip: Mirror half of the clips. Leave it out where left and right tell classes apart.
         jitter: By which part brightness, contrast and saturation change at most.
+        hue: By which part of the colour wheel the hue changes at most, to 0.5.
+        rand_augment: How many operations of RandAugment (Cubuk et al., 2020) each clip goes through.
+        magnitude: How strong those are, to 30.
     """
 
     def __init__(
-        self, size: tuple[int, int], *, crop: float = 1.0, flip: bool = False, jitter: float = 0.0
+        self,
+        size: tuple[int, int],
+        *,
+        crop: float = 1.0,
+        flip: bool = False,
+        jitter: float = 0.0,
+        hue: float = 0.0,
+        rand_augment: int = 0,
+        magnitude: int = 27,
     ) -> None:
         steps: list[v2.Transform] = []
         if crop < 1:
             steps.append(v2.RandomResizedCrop(size, scale=(crop, 1.0), antialias=True))
         if flip:
             steps.append(v2.RandomHorizontalFlip())
-        if jitter:
-            steps.append(v2.ColorJitter(jitter, jitter, jitter))
+        if rand_augment:
+            steps.append(v2.RandAugment(rand_augment, magnitude))
+        if jitter or hue:
+            steps.append(v2.ColorJitter(jitter, jitter, jitter, hue))
         self._together = v2.Compose(steps) if steps else v2.Identity()
 
     def __call__(self, frames: Tensor, seed: int) -> Tensor:
@@ -40,3 +53,9 @@ class Change:
             # as a Video, so that one random draw holds for all pictures
             changed: Tensor = self._together(tv_tensors.Video(frames))
             return changed.as_subclass(Tensor)
+
+
+def middle(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle (..., height, width) of pictures that are at least as large."""
+    top, left = ((a - b) // 2 for a, b in zip(frames.shape[-2:], size, strict=True))
+    return frames[..., top : top + size[0], left : left + size[1]]

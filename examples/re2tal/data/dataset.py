@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import Dataset
 
 from examples.re2tal.data import sampling
-from examples.re2tal.data.augment import Change
-from examples.re2tal.data.sampling import TimeGrid, View
+from examples.re2tal.data.augment import Change, middle
+from examples.re2tal.data.by_frame import ByFrame
+from examples.re2tal.data.sampling import ByTime, TimeGrid, View
 from examples.re2tal.data.video import VideoError, open_video, shown_at
 from examples.re2tal.errors import Re2TALError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from examples.re2tal.data.annotations import AnnotatedVideo, Annotations
+    from examples.re2tal.data.annotations import Action, AnnotatedVideo, Annotations
     from examples.re2tal.data.augment import Augmentation
 
 Sampling = Literal["resize", "window"]
@@ -108,8 +109,14 @@ class Clips(Dataset[Clip]):
         frames: Pictures in a clip.
         positions: Positions in it, `frames` or a whole part of it.
         size: Height and width of the pictures.
-        rate: Pictures a second, in *window*.
+        rate: Pictures a second, in *window*, by *time*.
         overlap: Of evaluation's windows.
+        by: *time*, or *frame* as OpenTAD, see `examples.re2tal.data.by_frame`.
+        stride: Pictures of the video from one position to the next, in *window*, by *frame*.
+        fit: What happens to pictures of another shape than `size`: *squeeze*, or *crop*: the short side is scaled,
+            and the middle is shown.
+        short_side: What the short side is scaled to before training crops, in *crop*; that of `size` if not given.
+        shortest: Actions that last less than this part of their video are not trained on.
         training: Random windows, and videos without actions left out; or all windows.
         seed: Of everything random.
         class_agnostic: All labels are 0, for a head that only tells action from background.
@@ -118,7 +125,8 @@ class Clips(Dataset[Clip]):
 
     Raises:
         Re2TALError: a video's file is missing, and `missing_ok` is not set; the message says which and where it was
-            looked for. Or `frames` is no multiple of `positions`.
+            looked for. Or `frames` is no multiple of `positions`, or it is to be sampled by frame and its annotation
+            does not tell how many frames there are.
     """
 
     def __init__(
@@ -133,6 +141,11 @@ class Clips(Dataset[Clip]):
         sampling: Sampling = "window",
         rate: float = 30.0,
         overlap: float = 0.5,
+        by: Literal["time", "frame"] = "time",
+        stride: int = 4,
+        fit: Literal["squeeze", "crop"] = "squeeze",
+        short_side: int | None = None,
+        shortest: float = 0.0,
         training: bool = False,
         seed: int = 0,
         class_agnostic: bool = False,
@@ -145,11 +158,17 @@ class Clips(Dataset[Clip]):
                 f"{frames} frames do not divide into {positions} positions; give a multiple of them"
             )
         self.index = {name: i for i, name in enumerate(annotations.classes)}
-        self.sampling, self.frames, self.positions, self.size = sampling, frames, positions, size
-        self.rate, self.overlap, self.training, self.seed = rate, overlap, training, seed
+        self.sampling, self.positions, self.size, self.fit = sampling, positions, size, fit
+        self.training, self.seed, self.shortest = training, seed, shortest if training else 0.0
+        self.sampler = (
+            ByFrame(frames, positions, stride, overlap)
+            if by == "frame"
+            else ByTime(frames, positions, rate, overlap)
+        )
+        self.short_side = short_side if training and short_side is not None else min(size)
         self.class_agnostic, self.decoder, self.epoch = class_agnostic, decoder, 0
         self.change = Change(size, **(augment or {})) if training else None  # type: ignore[arg-type]
-        videos = [v for v in annotations.subset(subset) if v.actions or not training]
+        videos = [v for v in annotations.subset(subset) if self._actions(v) or not training]
         self.paths, self.missing = found_files(videos, Path(folder))
         if self.missing and (not missing_ok or not self.paths):
             some = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
@@ -160,12 +179,23 @@ class Clips(Dataset[Clip]):
         self.videos = [video for video in videos if video.id in self.paths]
         self._items = [(video, view) for video in self.videos for view in self._views(video)]
 
+    def _actions(self, video: AnnotatedVideo) -> list[Action]:
+        least = self.shortest * video.duration
+        return [action for action in video.actions if action.end - action.start > least]
+
     def _views(self, video: AnnotatedVideo) -> Sequence[View | None]:
-        if self.sampling == "resize":
-            return [sampling.resized(video.duration, self.frames, self.positions)]
-        if self.training:
+        """The windows of evaluation; None where chance, or the file, tells what is shown."""
+        if self.sampling == "resize" or self.training:
             return [None]
-        return sampling.sliding(video.duration, self.rate, self.frames, self.positions, self.overlap)
+        if isinstance(self.sampler, ByTime):
+            return self.sampler.windows(video.duration, 0)
+        count = video.frames or round((video.fps or 0.0) * video.duration)
+        if not count:
+            raise Re2TALError(
+                f"the annotation of {video.id} has neither frame nor fps, which clip.by=frame needs to lay windows; "
+                "add them, or give clip.by=time"
+            )
+        return self.sampler.windows(video.duration, count)
 
     def __len__(self) -> int:
         """How many clips an epoch has."""
@@ -205,25 +235,28 @@ class Clips(Dataset[Clip]):
         return Clip(video.id, none, empty.reshape(0, 2), empty.long(), empty.bool(), grid, failure)
 
     def _clip(self, video: AnnotatedVideo, view: View | None, random: np.random.Generator) -> Clip:
-        seconds = np.array([(a.start, a.end) for a in video.actions], dtype=np.float64).reshape(-1, 2)
+        actions = self._actions(video)
+        seconds = np.array([(a.start, a.end) for a in actions], dtype=np.float64).reshape(-1, 2)
         labels = np.array(
-            [0 if self.class_agnostic else self.index[a.label] for a in video.actions], dtype=np.int64
+            [0 if self.class_agnostic else self.index[a.label] for a in actions], dtype=np.int64
         )
-        if view is None:
-            view, chosen, segments = sampling.truncated(
-                video.duration, self.rate, self.frames, self.positions, seconds, random
-            )
-        else:
-            kept = sampling.KEPT if self.training else 0.0
-            chosen, segments = sampling.clipped(view.grid.positions(seconds), self.positions, kept)
         with open_video(self.paths[video.id], decoder=self.decoder) as reader:
-            pictures = reader.read(shown_at(reader.times, view.times), self.size)
+            if view is None and self.sampling == "window":
+                count = video.frames or len(reader)
+                view, chosen, segments = self.sampler.part(video.duration, count, seconds, random)
+            else:
+                view = view or self.sampler.whole(video.duration, len(reader))
+                kept = sampling.KEPT if self.training else 0.0
+                chosen, segments = sampling.clipped(view.grid.positions(seconds), self.positions, kept)
+            indices = shown_at(reader.times, view.times) if view.indices is None else view.indices
+            size = self.size if self.fit == "squeeze" else self.short_side
+            pictures = reader.read(np.minimum(indices, len(reader) - 1), size)
         frames = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         if self.change is not None:
             frames = self.change(frames, int(random.integers(2**31)))
         return Clip(
             video.id,
-            frames.contiguous(),
+            middle(frames, self.size).contiguous(),
             torch.from_numpy(segments.astype(np.float32)),
             torch.from_numpy(labels[chosen]),
             torch.arange(self.positions) < view.valid,

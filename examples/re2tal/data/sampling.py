@@ -7,12 +7,14 @@ that a player would show then. Two ways to sample (Re2TAL, section 4.1; the name
 - *resize* (ActivityNet): the whole video, whatever its length, in `frames` moments at the middles of equal parts;
 - *window* (THUMOS-14): a fixed `rate` of pictures a second. Training takes one random window of a video
   (`truncated`), evaluation slides over all of it (`sliding`).
+
+`examples.re2tal.data.by_frame` is the other grid, that of OpenTAD.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Integers = NDArray[np.intp]
+    Part = tuple["View", Integers, Floats]
 
 KEPT = 0.75
 """How much of an action must lie in a random window for the action to be one of it (ActionFormer)."""
 
-_TRIES = 200
+TRIES = 200
 """How many random windows are drawn at most until one has an action in it."""
 
 _SHORTEST = 0.9
@@ -37,25 +41,32 @@ _EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """The moments of a clip's positions: position `p` is at `origin + p * step` seconds of its video.
+    """The moments of a clip's positions: position `p` is at `(origin + p * step) / rate` seconds of its video.
 
     Attributes:
-        origin: Seconds of position 0.
-        step: Seconds from one position to the next.
+        origin: Seconds, or number of the frame, of position 0.
+        step: Seconds, or frames, from one position to the next.
         duration: The video's length in seconds.
+        rate: How many of the units of origin and step are a second.
     """
 
     origin: float
     step: float
     duration: float
+    rate: float = 1.0
 
     def seconds(self, positions: Floats) -> Floats:
         """Seconds of positions (any shape), within the video."""
-        return np.clip(self.origin + np.asarray(positions, dtype=np.float64) * self.step, 0.0, self.duration)
+        return np.clip(self.moments(np.asarray(positions, dtype=np.float64)), 0.0, self.duration)
+
+    def moments(self, positions: NDArray[Any]) -> NDArray[Any]:
+        """Seconds of positions (any shape), also before and after the video, as precise as they are."""
+        found: NDArray[Any] = (np.asarray(positions) * self.step + self.origin) / self.rate
+        return found
 
     def positions(self, seconds: Floats) -> Floats:
         """Positions of moments (any shape); those outside of the clip lie outside of its positions."""
-        return (np.asarray(seconds, dtype=np.float64) - self.origin) / self.step
+        return (np.asarray(seconds, dtype=np.float64) * self.rate - self.origin) / self.step
 
 
 @dataclass(frozen=True)
@@ -66,11 +77,42 @@ class View:
         times: (frames,) The moment of each picture in seconds; the last picture stays beyond the video's end.
         valid: How many positions lie within the video.
         grid: Where its positions are.
+        indices: (frames,) Which pictures of the file, where they are chosen by number and not by time.
     """
 
     times: Floats
     valid: int
     grid: TimeGrid
+    indices: Integers | None = None
+
+
+@dataclass(frozen=True)
+class ByTime:
+    """Clips at moments, see the functions below; numbers of pictures do not matter.
+
+    Attributes:
+        frames: Pictures in a clip.
+        positions: Positions in it.
+        rate: Pictures a second, in windows.
+        overlap: Part of a window that the next one shows again.
+    """
+
+    frames: int
+    positions: int
+    rate: float = 30.0
+    overlap: float = 0.5
+
+    def whole(self, duration: float, count: int) -> View:  # noqa: ARG002  # as ByFrame is called
+        """All of a video."""
+        return resized(duration, self.frames, self.positions)
+
+    def windows(self, duration: float, count: int) -> list[View]:  # noqa: ARG002
+        """The windows of evaluation."""
+        return sliding(duration, self.rate, self.frames, self.positions, self.overlap)
+
+    def part(self, duration: float, count: int, segments: Floats, random: np.random.Generator) -> Part:  # noqa: ARG002
+        """One random window for training; arguments and result are those of `truncated`."""
+        return truncated(duration, self.rate, self.frames, self.positions, segments, random)
 
 
 def resized(duration: float, frames: int, positions: int) -> View:
@@ -108,7 +150,7 @@ def truncated(
     positions: int,
     segments: Floats,
     random: np.random.Generator,
-) -> tuple[View, NDArray[np.intp], Floats]:
+) -> Part:
     """One random window for training, with an action in it where chance finds one.
 
     A video no longer than a window is cut to 90 to 100 % of its length.
@@ -129,7 +171,7 @@ def truncated(
     shown = min(positions, length)
     if length <= positions:
         shown = max(1, int(length * random.uniform(_SHORTEST, 1.0)))
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         start = int(random.integers(0, length - shown + 1))
         view = _window(start, shown, duration, rate, frames, positions)
         kept, inside = clipped(view.grid.positions(segments), shown)

@@ -69,12 +69,14 @@ class VideoReader(ABC):
         """How many pictures there are."""
         return len(self.times)
 
-    def read(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    def read(
+        self, indices: Sequence[int] | NDArray[np.intp], size: tuple[int, int] | int | None = None
+    ) -> NDArray[np.uint8]:
         """Some pictures, (indices, height, width, 3), RGB, in the order asked for, repeated where an index is.
 
         Args:
             indices: Which pictures.
-            size: Height and width to scale them to; their own if not given.
+            size: Height and width to scale them to, or what to scale their short side to; their own if not given.
 
         Raises:
             VideoError: there is no such picture, or it cannot be decoded.
@@ -87,7 +89,7 @@ class VideoReader(ABC):
         return self._read(chosen, size)
 
     @abstractmethod
-    def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | None) -> NDArray[np.uint8]: ...
+    def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | int | None) -> NDArray[np.uint8]: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -126,6 +128,14 @@ def shown_at(times: NDArray[np.float64], moments: NDArray[np.float64]) -> NDArra
     return np.clip(np.searchsorted(times, moments + _TICK, side="right") - 1, 0, len(times) - 1)
 
 
+def scaled(own: tuple[int, int], size: tuple[int, int] | int | None) -> tuple[int, int]:
+    """Height and width of pictures of `own` size, scaled to a size or, in proportion, to a short side."""
+    if isinstance(size, int):
+        height, width = (int(side * size / min(own) + 0.5) for side in own)
+        return height, width
+    return size or own
+
+
 @dataclass(frozen=True)
 class _Index:
     """What the packets of a file tell.
@@ -162,10 +172,10 @@ class PyAVReader(VideoReader):
         self._stream.codec_context.thread_count = threads
         self._reformatter = VideoReformatter()
 
-    def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | int | None) -> NDArray[np.uint8]:
         context = self._stream.codec_context
         own = context.height, context.width
-        out = np.empty((0, *(size or own), 3), dtype=np.uint8)
+        out = np.empty((0, *scaled(own, size), 3), dtype=np.uint8)
         wanted, places = np.unique(chosen, return_inverse=True)
         with _named(self._path):
             for number, frame in enumerate(self._frames(self._index.pts[wanted])):
@@ -173,7 +183,7 @@ class PyAVReader(VideoReader):
                 turns = round(frame.rotation / 90) % 4
                 if not number:
                     # one array for all: fresh arrays for every picture cost more in page faults than the decoding
-                    shape = size or (own[::-1] if turns % 2 else own)
+                    shape = scaled(own[::-1] if turns % 2 else own, size)
                     out = np.empty((len(chosen), *shape, 3), dtype=np.uint8)
                 picture = self._rgb(frame, turns, out.shape[1:3])
                 for place in np.flatnonzero(places == number):
@@ -240,7 +250,7 @@ class TorchCodecReader(VideoReader):
                 ) from None
             raise VideoError(path, reason) from None
 
-    def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    def _read(self, chosen: NDArray[np.intp], size: tuple[int, int] | int | None) -> NDArray[np.uint8]:
         import torch
         from torchvision.transforms.v2.functional import resize
 
@@ -250,7 +260,7 @@ class TorchCodecReader(VideoReader):
         except (RuntimeError, IndexError) as error:
             raise VideoError(self._path, str(error).strip().splitlines()[0]) from None
         if size is not None:
-            pictures = resize(pictures, list(size), antialias=True)
+            pictures = resize(pictures, list(scaled(tuple(pictures.shape[-2:]), size)), antialias=True)
         out: NDArray[np.uint8] = pictures.permute(0, 2, 3, 1).contiguous().numpy()
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -16,7 +17,7 @@ from examples.re2tal.distributed.parallel import gathered_weights
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.postprocess import (
     Detections,
-    gather,
+    joined,
     read_video_classes,
     soft_nms,
     vote,
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
-    from examples.re2tal.config import Config, Evaluating
+    from examples.re2tal.config import Config
+    from examples.re2tal.data.sampling import TimeGrid
+    from examples.re2tal.detector import Candidates
     from examples.re2tal.distributed.world import World
+    from examples.re2tal.sections import Evaluating
 
 
 def detect(
@@ -60,7 +63,8 @@ def detect(
     items = [i for i in range(len(clips)) if clips.video_of(i) in mine]
     windows, skipped = _windows(model, clips, items, config, world, progress)
     scores = video_scores(config.evaluation, classes, clips)
-    found = {key: _of_video(gather(parts), config, scores.get(key)) for key, parts in windows.items()}
+    durations = {video.id: video.duration for video in clips.videos}
+    found = {key: of_video(parts, config, durations[key], scores.get(key)) for key, parts in windows.items()}
     together: dict[str, Detections] = {}
     faults: dict[str, str] = {}
     for others, reasons in world.gathered((found, skipped)):
@@ -78,21 +82,15 @@ def detect_in_file(
         Re2TALError: the file cannot be read.
     """
     with open_video(path, decoder=config.data.decoder) as reader:
-        duration = reader.duration
+        duration, count = reader.duration, len(reader)
     # a data set of this one video, without actions
-    video = AnnotatedVideo(path.stem, "one", duration, None, None, ())
-    clip = config.clip
+    video = AnnotatedVideo(path.stem, "one", duration, None, count, ())
     clips = Clips(
         Annotations({video.id: video}, tuple(classes)),
         video.subset,
         path.parent,
-        sampling=clip.sampling,
-        frames=clip.frames,
-        positions=clip.positions,
-        size=clip.size,
-        rate=clip.rate,
-        overlap=clip.overlap,
         decoder=config.data.decoder,
+        **config.clip.arguments(),
     )
     found, skipped = detect(model, clips, config, classes, world)
     if video.id not in found:
@@ -108,7 +106,7 @@ def _windows(
     world: World,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Mapping[str, list[Detections]], dict[str, str]]:
-    """What is found in each clip, in seconds, by video; and the files that could not be read."""
+    """Candidates of each clip, in seconds, by video; and the files that could not be read."""
     settings, dtype = config.evaluation, AMP[config.optim.amp]
     loader = DataLoader(
         Subset(clips, items),
@@ -129,22 +127,50 @@ def _windows(
                     predictions = model(batch.frames.to(world.device), batch.mask.to(world.device))
                 best = candidates(predictions, threshold=settings.threshold, topk=settings.topk)
                 for key, grid, clip in zip(batch.videos, batch.grids, best, strict=True):
-                    windows[key].append(Detections.of(grid.seconds(clip.segments), clip.scores, clip.labels))
+                    windows[key].append(in_seconds(clip, grid, settings))
             if progress is not None:
                 progress(done, len(items))
     model.train(was_training)
     return windows, skipped
 
 
-def _of_video(before: Detections, config: Config, scores: NDArray[np.float64] | None) -> Detections:
-    """A video's detections out of its candidates: soft-NMS, then votes and classes of the whole video if set."""
+def in_seconds(clip: Candidates, grid: TimeGrid, settings: Evaluating) -> Detections:
+    """Candidates in seconds, not cut to the video; in OpenTAD's precision where its rounding is wanted."""
+    positions = clip.segments.astype(np.float32) if settings.dialect == "opentad" else clip.segments
+    return Detections.of(grid.moments(positions), clip.scores, clip.labels)
+
+
+def of_video(
+    windows: Sequence[Detections], config: Config, duration: float, scores: NDArray[np.float64] | None = None
+) -> Detections:
+    """A video's detections out of the candidates of its clips: soft-NMS, then votes and classes of the video if set.
+
+    Args:
+        windows: The candidates of each clip in seconds, not cut to the video.
+        config: The experiment.
+        duration: The video's length in seconds.
+        scores: (classes,) Another network's of the whole video, where only actions are told from background.
+    """
     settings, agnostic = config.evaluation, config.data.class_agnostic
-    found = soft_nms(before, sigma=settings.sigma, multiclass=not agnostic, limit=settings.limit)
+    in_windows, rounds = config.clip.sampling == "window", settings.dialect == "opentad"
+    if in_windows or not rounds:
+        windows = [window.within(duration) for window in windows]
+    if in_windows and rounds:
+        windows = [window.rounded() for window in windows]
+    before = joined(windows)
+    found = soft_nms(
+        before,
+        sigma=settings.sigma,
+        min_score=settings.min_score,
+        multiclass=not agnostic,
+        limit=settings.limit,
+    )
     if agnostic and settings.voting is not None:
-        found = vote(found, before, threshold=settings.voting)
+        found = vote(found, before, threshold=settings.voting, weight=settings.vote_weight)
+    found = found.within(duration)
     if scores is not None:
         found = with_video_classes(found, scores, rule=settings.video_rule)
-    return found
+    return found.rounded() if rounds else found
 
 
 def video_scores(

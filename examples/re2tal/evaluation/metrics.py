@@ -159,22 +159,38 @@ def recall_at(
     subset: str,
     tiou: Floats,
     times: Sequence[int] = (1, 5),
+    drop_duplicates: bool = False,
+    by_class: bool = False,
 ) -> Floats:
-    """Recall@kx, (times, thresholds): of each video and class with n actions, the best `k * n` detections are kept."""
-    videos, index = truth.subset(subset), {name: i for i, name in enumerate(truth.classes)}
-    found, total = np.zeros((len(times), len(tiou))), 0
-    for video in videos:
-        for name in {action.label for action in video.entries}:
-            segments = np.array([(a.start, a.end) for a in video.entries if a.label == name])
-            total += len(segments)
-            if video.id not in results:
+    """Recall@kx, (times, thresholds): of each video and class with n actions, the best `k * n` detections are kept.
+
+    Args:
+        truth: The annotations.
+        results: Detections by video, the best first.
+        subset: Which videos count.
+        tiou: (thresholds,)
+        times: The factors k.
+        drop_duplicates: See `evaluate`.
+        by_class: The mean of the classes' recalls, as OpenTAD; else all actions count the same.
+    """
+    index = {name: i for i, name in enumerate(truth.classes)}
+    actions = _actions(truth.subset(subset), drop_duplicates=drop_duplicates)
+    found, total = np.zeros((len(actions), len(times), len(tiou))), np.zeros((len(actions), 1, 1))
+    for row, (name, by_video) in enumerate(actions.items()):
+        for key, segments in by_video.items():
+            total[row] += len(segments)
+            if key not in results:
                 continue
-            chosen = results[video.id].segments[results[video.id].labels == index[name]]
-            for row, k in enumerate(times):
+            chosen = results[key].segments[results[key].labels == index[name]]
+            for column, k in enumerate(times):
                 overlap = overlap_of(chosen[: k * len(segments), None], segments[None])
                 best = overlap.max(axis=0, initial=0.0)
-                found[row] += (best[:, None] >= tiou).sum(axis=0)
-    return found / max(total, 1)
+                found[row, column] += (best[:, None] >= tiou).sum(axis=0)
+    if by_class:
+        recalls: Floats = (found / np.maximum(total, 1)).sum(axis=0) / max(1, len(actions))
+        return recalls
+    pooled: Floats = found.sum(axis=0) / max(1, total.sum())
+    return pooled
 
 
 def _actions(videos: Sequence[AnnotatedVideo], *, drop_duplicates: bool) -> dict[str, dict[str, Floats]]:

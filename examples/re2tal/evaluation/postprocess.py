@@ -1,7 +1,7 @@
 """From a head's candidates to a video's detections, and the file that evaluation servers take.
 
 The windows of a video are put together in seconds, then repetitions are thinned out once (soft-NMS: Bodla et al.,
-2017). Nothing is rounded on the way.
+2017). Nothing is rounded on the way, if not asked for.
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ class Detections:
         sure = self.scores >= threshold
         return Detections(self.segments[sure], self.scores[sure], self.labels[sure])
 
+    def within(self, duration: float) -> Detections:
+        """The same, cut to a video of so many seconds."""
+        return Detections(np.clip(self.segments, 0.0, duration), self.scores, self.labels)
+
+    def rounded(self) -> Detections:
+        """The same with hundredths of seconds and scores of four digits, as OpenTAD writes them."""
+        return Detections(np.round(self.segments, 2), np.round(self.scores, 4), self.labels)
+
 
 def tiou(one: Floats, many: Floats) -> Floats:
     """Temporal intersection over union of segments (..., 2) with segments (..., 2), broadcast."""
@@ -71,9 +79,15 @@ def tiou(one: Floats, many: Floats) -> Floats:
 
 def gather(windows: Sequence[Detections]) -> Detections:
     """All windows of a video."""
+    together = joined(windows)
+    return Detections.of(together.segments, together.scores, together.labels)
+
+
+def joined(windows: Sequence[Detections]) -> Detections:
+    """All windows of a video, one after the other and not by score: the order that soft-NMS breaks ties by."""
     if not windows:
         return Detections.of([], [], [])
-    return Detections.of(
+    return Detections(
         np.concatenate([w.segments for w in windows]),
         np.concatenate([w.scores for w in windows]),
         np.concatenate([w.labels for w in windows]),
@@ -119,17 +133,25 @@ def _soft_nms(
 ) -> Detections:
     keep = scores >= min_score
     segments, scores, labels = segments[keep], scores[keep].copy(), labels[keep]
-    left = np.arange(len(scores))
-    picked, final = [], []
-    while left.size:
-        best = left[int(np.argmax(scores[left]))]
-        picked.append(best)
-        final.append(scores[best])
-        left = left[left != best]
-        scores[left] *= np.exp(-(tiou(segments[best], segments[left]) ** 2) / sigma)
-        left = left[scores[left] >= min_score]
-    chosen = np.array(picked, dtype=np.intp)
-    return Detections.of(segments[chosen], final, labels[chosen])
+    order, size, picked = np.arange(len(scores)), len(scores), 0
+    while picked < size:
+        # picked ones change places with the best, dropped ones with the last: so the compiled code of the references
+        # does it, and it decides which of two equal scores goes first
+        best = picked + int(np.argmax(scores[order[picked:size]]))
+        order[[picked, best]] = order[[best, picked]]
+        left = order[picked + 1 : size]
+        scores[left] *= np.exp(-(tiou(segments[order[picked]], segments[left]) ** 2) / sigma)
+        picked += 1
+        size = picked + _filled(left, scores[left] >= min_score)
+    return Detections.of(segments[order[:size]], scores[order[:size]], labels[order[:size]])
+
+
+def _filled(left: NDArray[np.int64], stay: NDArray[np.bool_]) -> int:
+    """Put the last ones that stay into the places of those that do not, in place; returns how many stay."""
+    count = int(stay.sum())
+    holes, last = np.flatnonzero(~stay[:count]), np.flatnonzero(stay[count:])[::-1] + count
+    left[holes] = left[last]
+    return count
 
 
 def vote(

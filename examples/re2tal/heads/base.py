@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from examples.re2tal.errors import Re2TALError
-from examples.re2tal.heads.assignment import assign
-from examples.re2tal.heads.layers import Tower
+from examples.re2tal.heads.assignment import RADIUS, assign
+from examples.re2tal.heads.layers import OURS, Tower
 from examples.re2tal.heads.losses import diou_loss, focal_loss
-from examples.re2tal.heads.points import Points, points_of
+from examples.re2tal.heads.points import Points, points_of, ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-_PRIOR = 0.01
-"""The probability of a class that a head starts from, as most points have nothing to find."""
+    from examples.re2tal.heads.dialect import Dialect
 
 
 @dataclass
@@ -42,6 +43,10 @@ class Predictions:
     offsets: Tensor
     points: Points
     mask: Tensor
+
+    def segments(self) -> Tensor:
+        """(batch, points, 2) Starts and ends in positions, also beyond those of the clip."""
+        return self.points.segments(self.offsets)
 
 
 @dataclass
@@ -62,9 +67,19 @@ class Head(nn.Module):
         classes: How many there are; 1 for a head that only tells action from background.
         levels: How many the pyramid makes.
         depth: Convolutions of a tower before the last.
-        normalizer: What the losses are divided by at first; it follows the number of points that have an action to
-            find (ActionFormer: 100 for THUMOS-14, 200 for ActivityNet).
+        normalizer: What the losses are divided by at first; in training it follows the number of points that have an
+            action to find (ActionFormer: 100 for THUMOS-14, 200 for ActivityNet). In evaluation that number itself is
+            taken.
+        momentum: How much of the normalizer is kept at each step.
         label_smoothing: What is taken from the wanted classes and spread over all.
+        loss_weight: Of the regression's loss (OpenTAD: 1 for THUMOS-14, 2 for ActivityNet).
+        radius: See `assign`.
+        bounds: Nearest and farthest ends of actions that each level answers for; ActionFormer's if not given.
+        prior: The probability of a class that the head starts from, as most points have nothing to find.
+        dialect: What happens beyond the end of a video, see `Dialect`.
+
+    Raises:
+        Re2TALError: `bounds` are not as many as there are levels.
     """
 
     normalizer: Tensor
@@ -78,18 +93,26 @@ class Head(nn.Module):
         levels: int,
         depth: int = 2,
         normalizer: float = 100.0,
+        momentum: float = 0.9,
         label_smoothing: float = 0.0,
+        loss_weight: float = 1.0,
+        radius: float = RADIUS,
+        bounds: Sequence[tuple[float, float]] | None = None,
+        prior: float = 0.01,
+        dialect: Dialect = OURS,
     ) -> None:
         super().__init__()
-        self.pyramid, self.classes, self.levels, self.label_smoothing = (
-            pyramid,
-            classes,
-            levels,
-            label_smoothing,
-        )
-        self.classify = Tower(channels, classes, depth, bias=-math.log((1 - _PRIOR) / _PRIOR))
+        self.pyramid, self.classes, self.levels = pyramid, classes, levels
+        self.momentum, self.label_smoothing, self.loss_weight = momentum, label_smoothing, loss_weight
+        self.radius, self._zero_features = radius, dialect.zero_features
+        self.bounds = ranges(levels) if bounds is None else list(bounds)
+        if len(self.bounds) != levels:
+            raise Re2TALError(
+                f"head.options.bounds are {len(self.bounds)}; give one pair for each of {levels} levels"
+            )
+        self.classify = Tower(channels, classes, depth, -math.log((1 - prior) / prior), dialect)
         # distances go through a ReLU: with a bias of zero half of them would begin below it, without a gradient
-        self.regress = Tower(channels, 2, depth, bias=1.0)
+        self.regress = Tower(channels, 2, depth, 1.0, dialect)
         self.scales = nn.Parameter(torch.ones(levels))
         self.register_buffer("normalizer", torch.tensor(float(normalizer)))
 
@@ -105,7 +128,9 @@ class Head(nn.Module):
                 f"{positions} positions do not divide by {coarsest}, the stride of the coarsest of {self.levels} "
                 "levels; change clip.positions or head.levels"
             )
-        levels = self.pyramid(features * mask[:, None].to(features.dtype), mask)
+        if self._zero_features:
+            features = features * mask[:, None].to(features.dtype)
+        levels = self.pyramid(features, mask)
         logits = torch.cat([self.classify(x, m) for x, m in levels], dim=1)
         offsets = torch.cat(
             [
@@ -115,21 +140,27 @@ class Head(nn.Module):
             dim=1,
         )
         valid = torch.cat([m for _, m in levels], dim=1)
-        return Predictions(logits, offsets, points_of(positions, self.levels, features.device), valid)
+        points = points_of(positions, self.levels, features.device, self.bounds)
+        return Predictions(logits, offsets, points, valid)
 
     def loss(self, predictions: Predictions, segments: list[Tensor], labels: list[Tensor]) -> Losses:
         """Losses against the actions of each clip: segments (actions, 2) in positions, labels (actions,)."""
         pairs = [
-            assign(predictions.points, s, k, self.classes) for s, k in zip(segments, labels, strict=True)
+            assign(predictions.points, s, k, self.classes, self.radius)
+            for s, k in zip(segments, labels, strict=True)
         ]
         targets = torch.stack([target for target, _ in pairs])
         distances = torch.stack([distance for _, distance in pairs])
         positive = (targets.sum(dim=2) > 0) & predictions.mask
+        count = positive.sum().clamp(min=1).to(self.normalizer.dtype)
         if self.training:
-            self.normalizer.lerp_(positive.sum().clamp(min=1).to(self.normalizer.dtype), 0.1)
+            self.normalizer.lerp_(count, 1 - self.momentum)
+            # a copy: the buffer changes again at the next batch, maybe before this one's backward
+            count = self.normalizer.clone()
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / (self.classes + 1)
         valid = predictions.mask
-        classification = focal_loss(predictions.logits[valid], targets[valid]) / self.normalizer
-        regression = diou_loss(predictions.offsets[positive], distances[positive]) / self.normalizer
+        classification = focal_loss(predictions.logits[valid], targets[valid]) / count
+        found, wanted = predictions.segments()[positive], predictions.points.segments(distances)[positive]
+        regression = self.loss_weight * diou_loss(found, wanted) / count
         return Losses(classification + regression, classification, regression)

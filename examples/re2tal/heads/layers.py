@@ -1,4 +1,4 @@
-"""Layers over masked sequences (batch, channels, positions): what lies beyond the end of a video stays zero."""
+"""Layers over masked sequences (batch, channels, positions); the mask tells which positions lie within the video."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional
 
+from examples.re2tal.heads.dialect import DIALECTS, Dialect
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+OURS = DIALECTS["revwire"]
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -136,20 +140,61 @@ class TransformerBlock(nn.Module):
         return self.drop_path(x * self.scales[i] if len(self.scales) else x)
 
 
-class Projection(nn.Module):
-    """From a backbone's channels to the head's: convolutions, each with normalization and ReLU."""
+class Positions(nn.Module):
+    """Adds a table of sines and cosines, one vector of length about 1 a position (Vaswani et al., 2017).
 
-    def __init__(self, inputs: int, channels: int, depth: int = 2) -> None:
+    The table is not saved: it follows from its size.
+
+    Args:
+        channels: Of the sequence.
+        length: Positions of the table; that of a longer sequence is interpolated from it.
+    """
+
+    table: Tensor
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        channel = torch.arange(channels, dtype=torch.float64)
+        rate = 10000 ** (-2 * (channel // 2) / channels)
+        angle = torch.arange(length, dtype=torch.float64) * rate[:, None]  # (channels, positions)
+        table = torch.where(channel[:, None] % 2 == 0, angle.sin(), angle.cos())
+        self.register_buffer("table", (table.float() / channels**0.5)[None], persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The same shape; nothing is added where the mask is zero."""
+        table, length = self.table, x.shape[2]
+        if length > table.shape[2]:
+            table = functional.interpolate(table, length, mode="linear", align_corners=False)
+        return x + table[:, :, :length] * mask[:, None].to(x.dtype)
+
+
+class Projection(nn.Module):
+    """From a backbone's channels to the head's: convolutions, each with normalization and ReLU.
+
+    Args:
+        inputs: Channels in.
+        channels: Channels out.
+        depth: How many convolutions.
+        kernel: Their size, odd.
+        dialect: What happens beyond the end.
+    """
+
+    def __init__(
+        self, inputs: int, channels: int, depth: int = 2, kernel: int = 3, dialect: Dialect = OURS
+    ) -> None:
         super().__init__()
         sizes = [inputs, *[channels] * depth]
-        self.convs = nn.ModuleList(MaskedConv(a, b, 3, bias=False) for a, b in pairwise(sizes))
-        self.norms = nn.ModuleList(ChannelNorm(channels) for _ in range(depth))
+        self.convs = nn.ModuleList(MaskedConv(a, b, kernel, bias=False) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(ChannelNorm(channels, eps=dialect.eps) for _ in range(depth))
+        self._masks = dialect.mask_activations
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(batch, inputs, positions) to (batch, channels, positions)."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = functional.relu(norm(conv(x, mask)))
-        return x * mask[:, None].to(x.dtype)
+            if self._masks:
+                x = x * mask[:, None].to(x.dtype)
+        return x
 
 
 class Tower(nn.Module):
@@ -160,14 +205,16 @@ class Tower(nn.Module):
         outputs: Of each point.
         depth: Convolutions before the last.
         bias: What the last one's bias starts from.
+        dialect: What happens beyond the end.
     """
 
-    def __init__(self, channels: int, outputs: int, depth: int, bias: float) -> None:
+    def __init__(self, channels: int, outputs: int, depth: int, bias: float, dialect: Dialect = OURS) -> None:
         super().__init__()
-        self.body = Projection(channels, channels, depth)
+        self.body = Projection(channels, channels, depth, dialect=dialect)
         self.last = MaskedConv(channels, outputs, 3)
         nn.init.constant_(self.last.conv.bias, bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(batch, positions, outputs)."""
-        return self.last(self.body(x, mask), mask).transpose(1, 2)
+        """(batch, positions, outputs); what stands beyond the end means nothing."""
+        out: Tensor = self.last.conv(self.body(x, mask))
+        return out.transpose(1, 2)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _FIRST = 4.0
@@ -39,6 +41,11 @@ class Points:
         """How many there are."""
         return len(self.position)
 
+    def segments(self, offsets: Tensor) -> Tensor:
+        """Starts and ends (..., points, 2) in positions, from distances to them (..., points, 2) in strides."""
+        offsets = offsets * self.stride[:, None]
+        return torch.stack([self.position - offsets[..., 0], self.position + offsets[..., 1]], dim=-1)
+
 
 def ranges(levels: int) -> list[tuple[float, float]]:
     """The ranges of ActionFormer: 0 to 4, 4 to 8, 8 to 16, ..., the last without end."""
@@ -46,10 +53,15 @@ def ranges(levels: int) -> list[tuple[float, float]]:
     return list(pairwise(bounds))
 
 
-def points_of(positions: int, levels: int, device: torch.device | str = "cpu") -> Points:
-    """The points of a clip whose finest level has so many positions."""
+def points_of(
+    positions: int,
+    levels: int,
+    device: torch.device | str = "cpu",
+    bounds: Sequence[tuple[float, float]] | None = None,
+) -> Points:
+    """The points of a clip whose finest level has so many positions; `bounds` are `ranges(levels)` if not given."""
     columns = []
-    for level, (low, high) in enumerate(ranges(levels)):
+    for level, (low, high) in enumerate(ranges(levels) if bounds is None else bounds):
         stride = 2**level
         position = torch.arange(0, positions, stride, dtype=torch.float32, device=device)
         columns.append(

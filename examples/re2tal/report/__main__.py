@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from examples.re2tal.config import thresholds
 from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.data.annotations import read_annotations
 from examples.re2tal.evaluation.postprocess import read_submission
 from examples.re2tal.report.page import write_report
+from examples.re2tal.sections import thresholds
 
 
 def main(

@@ -56,6 +56,7 @@ def settings_of(config: Config) -> Config:
     optim = config.optim.model_copy(
         update={
             "epochs": config.pretrain_epochs,
+            "cosine": None,
             "warmup": min(config.optim.warmup, config.pretrain_epochs / 4),
         }
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import DropPath
+from torchvision.ops import StochasticDepth
 
 from examples.re2tal.backbones.build import build_backbone, family_of, is_file
 from examples.re2tal.config import Config, read_config
@@ -16,7 +18,7 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.build import build_head
 from examples.re2tal.training.checkpoints import trained_weights
 from examples.re2tal.training.strategy import lay_out
-from examples.re2tal.weights.families import found_in, load_head
+from examples.re2tal.weights.families import found_in, head_in, load_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,29 +44,23 @@ def annotations_of(config: Config) -> Annotations:
 
 def clips_of(config: Config, annotations: Annotations, *, training: bool) -> Clips:
     """The clips to train on, or to evaluate."""
-    data, clip = config.data, config.clip
-    augment: Any = clip.augment.model_dump()
+    data = config.data
     return Clips(
         annotations,
         data.train if training else data.evaluate,
         data.videos,
-        sampling=clip.sampling,
-        frames=clip.frames,
-        positions=clip.positions,
-        size=clip.size,
-        rate=clip.rate,
-        overlap=clip.overlap,
         training=training,
         seed=config.seed,
         class_agnostic=data.class_agnostic,
+        shortest=data.shortest,
         missing_ok=data.missing_ok,
         decoder=data.decoder,
-        augment=augment,
+        **config.clip.arguments(),
     )
 
 
 def resolved(config: Config) -> Config:
-    """The settings, with what a file of weights decides about the backbone, such as its wiring, among its options.
+    """The settings, with what a file of weights decides among the options: the backbone's wiring, the head's dialect.
 
     A run that goes on when its file is gone keeps what it once was resolved to.
 
@@ -77,23 +73,42 @@ def resolved(config: Config) -> Config:
         return config
     path, backbone = Path(str(given)), config.backbone
     if not path.exists() and run.exists():
-        decided = read_config(run).backbone.options
+        before = read_config(run)
+        decided, of_head = before.backbone.options, before.head.options
     else:
         _, found = found_in(path, family_of(backbone.name))
         decided = found.options
+        head = head_in(path) if config.detector.weights is not None else None
+        of_head = {} if head is None else head.options
         if found.layout.rewired and config.memory.strategy != "rewired":
             raise Re2TALError(
                 f"{path} holds weights of a rewired network, which is another function under "
                 f"memory.strategy={config.memory.strategy}; give memory.strategy=rewired"
             )
     changed = backbone.model_copy(update={"options": {**decided, **backbone.options}})
-    return config.model_copy(update={"backbone": changed})
+    speaking = config.head.model_copy(update={"options": {**of_head, **config.head.options}})
+    return config.model_copy(update={"backbone": changed, "head": speaking})
 
 
 def backbone_of(config: Config, *, weights: bool = True) -> Backbone:
-    """The backbone as it is built, with its pretrained weights if they are wanted."""
-    given = _weights_of(config) if weights else None
-    return build_backbone(config.backbone.name, weights=given, **config.backbone.options)
+    """The backbone as it is built, with its pretrained weights if they are wanted.
+
+    Raises:
+        Re2TALError: it is not as `build_backbone` needs it, or `backbone.drop_path` is set and it has none.
+    """
+    name, given = config.backbone.name, _weights_of(config) if weights else None
+    backbone = build_backbone(name, weights=given, **config.backbone.options)
+    if (rate := config.backbone.drop_path) is not None:
+        paths = [m for m in backbone.modules() if isinstance(m, StochasticDepth | DropPath)]
+        if not paths:
+            raise Re2TALError(f"the backbone {name} has no drop path; leave backbone.drop_path out")
+        for i, path in enumerate(paths):
+            own = rate * i / max(1, len(paths) - 1)
+            if isinstance(path, StochasticDepth):
+                path.p = own
+            else:
+                path.drop_prob = own
+    return backbone
 
 
 def detector_of(
@@ -124,6 +139,7 @@ def detector_of(
         mean=mean,
         std=std,
         freeze_batch_norm=config.backbone.freeze_batch_norm,
+        freeze_norms=config.backbone.freeze_norms,
     )
 
 

@@ -17,13 +17,13 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from examples.re2tal.config import thresholds
 from examples.re2tal.data.dataset import collate
 from examples.re2tal.detector import AMP
 from examples.re2tal.distributed.parallel import spread
 from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.inference import detect, video_scores
 from examples.re2tal.evaluation.metrics import evaluate
+from examples.re2tal.sections import thresholds
 from examples.re2tal.training import checkpoints
 from examples.re2tal.training.logs import Log, peak_gib
 from examples.re2tal.training.optim import Average, optimizer_of, saved_buffers, schedule
@@ -99,9 +99,16 @@ class Trainer:
                 "optim.accumulate"
             )
         self.total = config.optim.epochs * self.steps_in_epoch
-        self.schedule = schedule(self.optimizer, round(config.optim.warmup * self.steps_in_epoch), self.total)
+        self.schedule = schedule(
+            self.optimizer,
+            round(config.optim.warmup * self.steps_in_epoch),
+            (config.optim.cosine or config.optim.epochs) * self.steps_in_epoch,
+            from_zero=config.optim.warmup_from == "zero",
+            least=config.optim.least_lr,
+        )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.amp == "fp16")
-        self.average = None if config.optim.ema is None else Average(self.detector, config.optim.ema)
+        decay, warmup = config.optim.ema, config.optim.ema_warmup
+        self.average = None if decay is None else Average(self.detector, decay, warmup=warmup)
         self.step = 0
         self.skipped: dict[str, str] = {}
         if state is not None:
@@ -152,6 +159,7 @@ class Trainer:
             results,
             subset=self.config.data.evaluate,
             tiou=thresholds(self.config.evaluation.tiou),
+            drop_duplicates=self.config.evaluation.drop_duplicates,
         )
         return Outcome(results, evaluation, skipped)
 

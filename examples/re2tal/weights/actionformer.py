@@ -111,14 +111,20 @@ _MARKS = (
 )
 
 
-def _layout(name: str, names: _Names, others: tuple[str, ...]) -> Layout:
-    origin = partial(_origin, names=names)
-    return Layout(name, tuple(origin(mark).name for mark in _MARKS), origin, others=others)
+def _layout(name: str, names: _Names, others: tuple[str, ...], dialect: str) -> Layout:
+    origin, marks = partial(_origin, names=names), [_origin(mark, names=names).name for mark in _MARKS]
+    # trained weights give the logits that they were trained for in their own dialect alone
+    return Layout(name, tuple(marks), origin, others=others, options=lambda _: {"dialect": dialect})
 
 
 LAYOUTS = (
-    _layout("ActionFormer of OpenTAD", _OPENTAD, ("backbone.", "projection.pos_embed")),
-    _layout("ActionFormer of its own repository", _ORIGINAL, ("point_generator.", "backbone.pos_embd")),
+    _layout("ActionFormer of OpenTAD", _OPENTAD, ("backbone.", "projection.pos_embed"), "opentad"),
+    _layout(
+        "ActionFormer of its own repository",
+        _ORIGINAL,
+        ("point_generator.", "backbone.pos_embd"),
+        "actionformer",
+    ),
     Layout(
         "a head of this example",
         ("scales", "classify.last.conv.weight"),

@@ -148,6 +148,9 @@ def test_recall_counts_the_best_k_times_the_number_of_actions():
     }
     recall = recall_at(truth, rows, subset="validation", tiou=np.array([0.5]), times=(1, 2))
     assert recall[:, 0].tolist() == pytest.approx([1 / 3, 2 / 3])
+    every = {"subset": "validation", "tiou": np.array([0.5]), "times": (1, 2)}
+    # class 0 is found in half and in whole, class 1 never
+    assert recall_at(truth, rows, by_class=True, **every)[:, 0].tolist() == pytest.approx([1 / 4, 1 / 2])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.evaluation.postprocess import (
     Detections,
     gather,
+    joined,
     read_submission,
     read_video_classes,
     soft_nms,
@@ -27,17 +28,27 @@ def overlap(one, other):
 
 
 def literal_soft_nms(rows, sigma, min_score):
-    """Bodla et al.'s loop, on [start, end, score]."""
-    rows, out = [list(row) for row in rows], []
-    while rows:
-        best = max(rows, key=lambda row: row[2])
-        if best[2] < min_score:
-            break
-        rows.remove(best)
-        out.append(best)
-        for row in rows:
-            row[2] *= math.exp(-(overlap(best, row) ** 2) / sigma)
-    return out
+    """The references' compiled loop, on [start, end, score, label], which says what happens to equal scores."""
+    rows, i = [list(row) for row in rows if row[2] >= min_score], 0
+    while i < len(rows):
+        best = max(range(i, len(rows)), key=lambda j: rows[j][2])  # the first of equal ones
+        rows[i], rows[best] = rows[best], rows[i]
+        j = i + 1
+        fresh = set(range(j, len(rows)))
+        while j < len(rows):
+            if j in fresh:
+                rows[j][2] *= math.exp(-(overlap(rows[i], rows[j]) ** 2) / sigma)
+                fresh.discard(j)
+            if rows[j][2] < min_score:
+                rows[j] = rows[-1]
+                if len(rows) - 1 in fresh:
+                    fresh.discard(len(rows) - 1)
+                    fresh.add(j)
+                rows.pop()
+            else:
+                j += 1
+        i += 1
+    return rows
 
 
 detections = st.lists(
@@ -51,17 +62,23 @@ def of(drawn):
     )
 
 
-@settings(max_examples=60)
-@given(detections, st.sampled_from([0.3, 0.5, 0.7]), st.booleans())
-def test_soft_nms_is_the_literal_loop(drawn, sigma, multiclass):
-    found = soft_nms(of(drawn), sigma=sigma, multiclass=multiclass)
+@settings(max_examples=100)
+@given(
+    detections, st.sampled_from([0.3, 0.5, 0.7]), st.sampled_from([0.001, 0.2]), st.booleans(), st.booleans()
+)
+def test_soft_nms_is_the_literal_loop(drawn, sigma, min_score, multiclass, ties):
+    rows = [(s, s + n, round(p, 1) if ties else p, k) for s, n, p, k in drawn]
+    windows = [Detections.of([row[:2]], [row[2]], [row[3]]) for row in rows]
+    found = soft_nms(joined(windows), sigma=sigma, min_score=min_score, multiclass=multiclass)
     wanted = []
-    for label in {k for *_, k in drawn} if multiclass else {None}:
-        rows = [(s, s + n, p) for s, n, p, k in drawn if label in {None, k}]
-        wanted += literal_soft_nms(sorted(rows, key=lambda row: -row[2]), sigma, 0.001)
-    assert len(found) == len(wanted)
-    assert np.allclose(found.scores, sorted((row[2] for row in wanted), reverse=True), atol=1e-12)
-    assert np.allclose(sorted(map(tuple, found.segments)), sorted((a, b) for a, b, _ in wanted))
+    for label in {row[3] for row in rows} if multiclass else {None}:
+        wanted += literal_soft_nms([r for r in rows if label in {None, r[3]}], sigma, min_score)
+    assert sorted(zip(found.segments.tolist(), found.labels.tolist(), strict=True)) == sorted(
+        ([start, end], label) for start, end, _, label in wanted
+    )
+    ours = sorted((*s, p) for s, p in zip(found.segments.tolist(), found.scores.tolist(), strict=True))
+    assert np.allclose(ours, sorted((a, b, p) for a, b, p, _ in wanted), atol=1e-9)
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
 
 
 def test_soft_nms_keeps_the_best_and_changes_nothing_that_it_was_given():

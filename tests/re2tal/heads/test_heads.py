@@ -87,14 +87,15 @@ def test_diou_against_its_formula():
         hull = max(one[1], other[1]) - min(one[0], other[0])
         apart = (sum(one) - sum(other)) / 2
         total += 1 - overlap / union + (apart / hull) ** 2
-    assert math.isclose(float(diou_loss(a, b)), total, rel_tol=1e-5)
+    ends = torch.tensor([-1.0, 1.0])  # distances to segments around zero
+    assert math.isclose(float(diou_loss(a * ends, b * ends)), total, rel_tol=1e-9)
     same = torch.tensor([[1.0, 2.0]])
     assert float(diou_loss(same, same)) == pytest.approx(0, abs=1e-6)
 
 
 def test_losses_have_finite_gradients_where_nothing_overlaps():
     predicted = torch.zeros(3, 2, requires_grad=True)
-    diou_loss(predicted, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5, 3.0]])).backward()
+    diou_loss(predicted, torch.tensor([[0.0, 0.0], [1.0, 2.0], [-0.5, 3.0]])).backward()
     assert predicted.grad.isfinite().all()
 
 
