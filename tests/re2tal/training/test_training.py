@@ -187,8 +187,8 @@ def test_gradients_add_up_over_batches(data, tmp_path):
         trainer = Trainer(
             tiny.config(data, tmp_path / name, optim=optim, memory={"strategy": "frozen"}), ALONE
         )
-        trainer.detector.head.eval()
-        trainer.detector.head.normalizer.fill_(50.0 * batch)  # what it follows is the actions of one batch
+        trainer.detector.head.momentum = 1.0
+        trainer.detector.head.normalizer.fill_(50.0 * batch)  # held: it follows the actions of one batch
         firsts.append(trainer._step(iter(trainer._loader())))
     for name in ("loss", "gradient_norm"):
         assert np.isclose(firsts[0][name], firsts[1][name], rtol=1e-4)
