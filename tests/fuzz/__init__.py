@@ -1,0 +1,1 @@
+"""A campaign of spoilt checkpoints; see `tests.fuzz.__main__`."""

@@ -1,0 +1,151 @@
+"""Spoilt checkpoints through load, plan, convert and the way back: `python -m tests.fuzz --help`.
+
+Every file is tried in a process that a crash, a hang of more than `HANG_S` seconds or more than `MEMORY` bytes ends;
+anything but a model or an error of revwire's is a finding, and so is what is left beside the file. A finding's file is
+kept, and its seed makes it again.
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from revwire import checkpoint
+from revwire.errors import RevwireError
+from tests.fuzz.mutate import corpus, spoilt
+from tests.helpers.checkpoints import ARGS, convert
+from tests.helpers.vits import NAME
+
+HANG_S = 10
+MEMORY = 1500 * 2**20
+BATCH = 50
+
+
+def tried(path):
+    """What a file comes to."""
+    told = set()
+    out = path.with_name("out.safetensors")
+    known = {"arch": NAME, "model_args": ARGS} if path.suffix == ".pth" else {}
+    calls = (
+        lambda: checkpoint.load(path),
+        lambda: checkpoint.load_plain(path, **known),
+        lambda: convert(path, out, **known),
+        lambda: checkpoint.to_original(path, path.with_name("back.safetensors")),
+    )
+    for call in calls:
+        try:
+            call()
+        except RevwireError:
+            told.add("refused")
+        else:
+            told.add("taken")
+    for name in ("out.safetensors", "back.safetensors"):
+        path.with_name(name).unlink(missing_ok=True)
+    if left := [each.name for each in path.parent.iterdir() if each != path]:
+        raise AssertionError(f"left behind: {left}")
+    return " and ".join(sorted(told))
+
+
+def _hung(*_):
+    raise TimeoutError(f"more than {HANG_S} s")
+
+
+def batch(folder, kept, seeds):
+    """Outcomes by seed; what a process does not live through is not among them."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, _hung)
+    files = sorted(Path(folder).iterdir())
+    outcomes = {}
+    base = _resident()
+    for seed in seeds:
+        own = random.Random(seed)
+        with tempfile.TemporaryDirectory() as own_folder:
+            source = own.choice(files)
+            path = Path(own_folder, f"file{source.suffix}")
+            way = spoilt(source, path, own)
+            signal.alarm(HANG_S)
+            try:
+                outcome = tried(path)
+            except BaseException as error:  # noqa: BLE001 - findings of any kind
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{Path(at.filename).name}:{at.lineno}"
+                outcome = f"FOUND {type(error).__name__}: {str(error)[:150]} ({place})"
+            finally:
+                signal.alarm(0)
+            if outcome.startswith("FOUND"):
+                shutil.copy(path, Path(kept, f"{seed}{path.suffix}"))
+            outcomes[seed] = way, outcome
+        grown = _resident() - base
+        if grown > MEMORY:
+            outcomes[seed] = way, f"FOUND {grown >> 20} MiB of memory"
+            base = _resident()
+    return outcomes
+
+
+def _resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main(
+    files: Annotated[int, typer.Option(help="How many are tried.")] = 20_000,
+    seconds: Annotated[float, typer.Option(help="Stop after so many; 0: not before all are tried.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first file.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    kept: Annotated[Path, typer.Option(help="Where files that found something are kept.")] = Path(
+        "fuzz-findings"
+    ),
+) -> None:
+    """Try spoilt checkpoints, and tell what they came to; exit code 1 where one was more than refused.
+
+    A finding again: python -m tests.fuzz --seed 1234 --files 1
+    """
+    console, start = Console(), time.monotonic()
+    kept.mkdir(exist_ok=True)
+    counts, found, done = Counter(), [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        corpus(Path(folder))
+        batches = [range(at, min(at + BATCH, seed + files)) for at in range(seed, seed + files, BATCH)]
+        # a new process for each batch: one that dies takes no other with it
+        for group in track(
+            [batches[i : i + jobs] for i in range(0, len(batches), jobs)], "trying", console=console
+        ):
+            if seconds and time.monotonic() - start > seconds:
+                break
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+                for seeds, future in [(s, pool.submit(batch, folder, kept, s)) for s in group]:
+                    try:
+                        outcomes = future.result()
+                    except Exception as error:  # noqa: BLE001 - the process died
+                        outcomes = {seeds[0]: ("a batch", f"FOUND a crash in {seeds}: {error}")}
+                    for number, (way, outcome) in outcomes.items():
+                        done += 1
+                        counts[outcome.partition(" ")[0] if outcome.startswith("FOUND") else outcome] += 1
+                        if outcome.startswith("FOUND"):
+                            found.append(f"{number} {way}: {outcome}")
+    for line in found[:50]:
+        console.print(line, markup=False, highlight=False)
+    console.print(f"{done} files in {time.monotonic() - start:.0f} s: {dict(counts)}", markup=False)
+    if not any(kept.iterdir()):
+        kept.rmdir()
+    if found:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
