@@ -245,7 +245,7 @@ def estimate(
     "revwire convert model.pth --arch torchvision/swin_t; revwire convert hf-hub:timm/resnet50.a1_in1k; "
     "revwire convert model.safetensors --coupling 'momentum(gamma=0.5)' --exact; "
     "revwire convert trained.revwire.safetensors --to original; "
-    "curl -L URL | revwire convert - -o model.revwire.safetensors"
+    "revwire convert - -o model.revwire.safetensors  # of standard input"
 )
 def convert(
     file: Annotated[
