@@ -78,13 +78,21 @@ def test_the_metadata_say_what_it_is_and_what_it_needs(built):
     assert told.get_payload().startswith("# revwire")
     assert "\n" not in told["Summary"]
     needed = [n for n in told.get_all("Requires-Dist") if "extra ==" not in n]
-    assert sorted(n.partition(">=")[0] for n in needed) == ["rich", "safetensors", "timm", "torch", "typer"]
+    assert sorted(n.partition(">=")[0] for n in needed) == [
+        "annotated-types",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "timm",
+        "torch",
+        "typer",
+    ]
 
 
 def test_the_package_imports_nothing_that_it_does_not_require():
     """Besides Python's own: torch, timm and what they need, and optional parts where they are asked for."""
     allowed = {"huggingface_hub", "matplotlib", "numpy", "rich", "revwire", "safetensors", "timm", "torch"}
-    allowed |= {"torchvision", "typer", "typing_extensions", "click", "yaml"}
+    allowed |= {"torchvision", "typer", "typing_extensions", "click", "yaml", "pydantic", "annotated_types"}
     for path in (ROOT / "revwire").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:
