@@ -79,8 +79,10 @@ class Pass:
         for step, off in differing(self.compared):
             raise ReplayError(
                 f"{step}: run again in backward, the branch gives other numbers than in forward ({off:.1g} of their "
-                f"size apart), {WHY}. If it is meant to give others, exclude= the block; rewire(..., check=False) does "
-                "not look"
+                f"size apart), {WHY}. If nothing has changed, the branch makes more of the rounding in its "
+                "reconstructed input than gradients bear (of tokens of zeros before a norm with a tiny eps): keep= the "
+                "step, or exact=True, which reconstructs bit for bit. If it is meant to give others, exclude= the "
+                "block; rewire(..., check=False) does not look"
             )
 
 

@@ -69,3 +69,42 @@ def test_pooling_in_float32_among_products_in_bfloat16():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(x).float().square().mean()
         loss.backward()
+
+
+class Normed(nn.Module):
+    def __init__(self, eps):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, eps)
+        self.mix = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x + self.mix(self.norm(x))
+
+
+def gradients(model, x):
+    model(x).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def farthest(found, wanted):
+    return max(float((f - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_rounding_makes_wrong_is_no_false_alarm(training):
+    """Tokens of zeros before a norm with a tiny eps, as an untrained DeiT's: of a rounding it makes 0.01."""
+    x = torch.randn(4, 6, WIDTH)
+    x[:, :2] = 0
+
+    def rewired(eps, **how):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Normed(eps) for _ in range(4))).train(training)
+        return revwire.rewire(model, x, **how)
+
+    wanted = gradients(rewired(1e-12, keep="*"), x)
+    assert farthest(gradients(rewired(1e-12, check=False), x), wanted) > 1e-3
+    with pytest.raises(revwire.ReplayError, match=r"0#0: .*tokens of zeros .* keep= the step, or exact=True"):
+        gradients(rewired(1e-12), x)
+    assert farthest(gradients(rewired(1e-12, keep="0#0"), x), wanted) < 1e-5
+    # the usual eps is no matter
+    assert farthest(gradients(rewired(1e-5), x), gradients(rewired(1e-5, keep="*"), x)) < 1e-3
