@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,11 @@ from examples.re2tal.training.logs import Log, history
 from examples.re2tal.training.trainer import Outcome, Trainer
 from revwire.checkpoint.disk import write_text
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from examples.re2tal.data.annotations import Annotations
+
 
 def run(config: Config, device: str = "auto") -> Outcome:
     """Train, evaluate, and write `predictions.json`, `results.json` and `report.html` into the output folder."""
@@ -36,13 +41,23 @@ def run(config: Config, device: str = "auto") -> Outcome:
             trainer.fit(log)
             outcome = trainer.outcome(log)
         if world.is_first:
-            _write(config, trainer, outcome)
+            write_outcome(config, trainer.annotations, outcome, trainer.skipped)
         world.wait()
     return outcome
 
 
-def _write(config: Config, trainer: Trainer, outcome: Outcome) -> None:
-    classes = trainer.annotations.classes
+def write_outcome(
+    config: Config, annotations: Annotations, outcome: Outcome, skipped: Mapping[str, str] | None = None
+) -> None:
+    """Write `predictions.json`, `results.json` and `report.html` into the output folder.
+
+    Args:
+        config: The experiment.
+        annotations: Of its data set.
+        outcome: What was found.
+        skipped: Reasons, by the path of files that could not be read while training.
+    """
+    classes = annotations.classes
     write_submission(config.output / "predictions.json", outcome.results, classes)
     evaluation = outcome.evaluation
     figures = {
@@ -50,11 +65,11 @@ def _write(config: Config, trainer: Trainer, outcome: Outcome) -> None:
         "mAP": evaluation.mAP.tolist(),
         "average_mAP": evaluation.average_mAP,
         "ap": {name: evaluation.ap[:, i].tolist() for i, name in enumerate(evaluation.classes)},
-        "skipped": {**trainer.skipped, **outcome.skipped},
+        "skipped": {**(skipped or {}), **outcome.skipped},
     }
     write_report(
         config.output / "report.html",
-        trainer.annotations,
+        annotations,
         outcome.results,
         subset=config.data.evaluate,
         tiou=evaluation.tiou,

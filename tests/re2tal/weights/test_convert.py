@@ -30,12 +30,12 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def detector_file(path):
+def detector_file(path, classes=20):
     """A detector as OpenTAD saves it: a rewired SlowFast under an ActionFormer."""
     source = path.with_name("backbone.safetensors")
     backbone, _ = stored("SlowFast in a detector", source)
     tensors = {n: t for n, t in load_file(source).items() if n.startswith("module.backbone.")}
-    head = build_head("actionformer", in_channels=288, classes=20, **HEAD)
+    head = build_head("actionformer", in_channels=288, classes=classes, **HEAD)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     tensors |= {f"module.{name}": tensor for name, tensor in renamed(head, "OpenTAD").items()}

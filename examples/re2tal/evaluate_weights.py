@@ -1,0 +1,85 @@
+"""Run a trained detector that somebody published on the videos of an experiment, and evaluate what it finds.
+
+    python -m examples.re2tal.evaluate_weights thumos_re2tal_swin_tiny.pth swin_t_thumos14 data.videos=videos
+
+A row of the paper is this one command, for whoever has its weights and the videos. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.re2tal.config import Config, read_config
+from examples.re2tal.console import ended_by_errors, terminal
+from examples.re2tal.distributed.world import joined
+from examples.re2tal.evaluation.inference import detect
+from examples.re2tal.evaluation.metrics import evaluate
+from examples.re2tal.report.table import table_of
+from examples.re2tal.sections import thresholds
+from examples.re2tal.train import write_outcome
+from examples.re2tal.training.setup import annotations_of, clips_of, detector_of, resolved
+from examples.re2tal.training.trainer import Outcome
+
+
+def run(config: Config, device: str = "auto") -> Outcome:
+    """Detect and evaluate; `predictions.json`, `results.json` and `report.html` go into the output folder.
+
+    Raises:
+        Re2TALError: the weights do not fit the configuration, or a video is missing.
+    """
+    config = resolved(config)
+    with joined(device) as world:
+        annotations = annotations_of(config)
+        clips = clips_of(config, annotations, training=False)
+        detector = detector_of(config, len(annotations.classes)).to(world.device).eval()
+        columns = TextColumn("detecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=terminal(stderr=True), disable=not world.is_first) as bar:
+            task = bar.add_task("")
+            results, skipped = detect(
+                detector,
+                clips,
+                config,
+                annotations.classes,
+                world,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        evaluation = evaluate(
+            annotations,
+            results,
+            subset=config.data.evaluate,
+            tiou=thresholds(config.evaluation.tiou),
+            drop_duplicates=config.evaluation.drop_duplicates,
+        )
+        outcome = Outcome(results, evaluation, skipped)
+        if world.is_first:
+            config.output.mkdir(parents=True, exist_ok=True)
+            write_outcome(config, annotations, outcome)
+        world.wait()
+    return outcome
+
+
+def main(
+    weights: Annotated[Path, typer.Argument(help="A trained detector: OpenTAD's, or one of this example's.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.of.the.setting=value ...")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Run a trained detector on the videos of an experiment, and evaluate what it finds.
+
+    Example: python -m examples.re2tal.evaluate_weights WEIGHTS.pth swin_t_thumos14 data.videos=videos
+    """
+    own = [f"detector.weights={weights}", f"output=runs/{weights.name.partition('.')[0]}"]
+    with ended_by_errors():
+        settings = read_config(config, [*own, *(overrides or [])])
+        outcome = run(settings, device)
+    console = terminal()
+    console.print(table_of(outcome.evaluation))
+    console.print(f"report: {Path(settings.output) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
