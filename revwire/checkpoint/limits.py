@@ -35,7 +35,7 @@ ALLOWANCE = 64 * 2**20
 """Bytes that any file may take."""
 COUNT = 2**16
 """What a number among the arguments of a model may be however small the file, such as the side of an image."""
-PARTS, PARTS_BESIDE = 64, 100_000
+PARTS, PARTS_BESIDE = 64, 20_000
 """Modules and tensors that a model may have for each tensor in the file, and beside those."""
 BUILT, BUILT_BESIDE = 8, 2**30
 """How many times the bytes of the tensors in the file its model may be, and bytes beside those."""

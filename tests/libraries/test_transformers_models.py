@@ -229,7 +229,7 @@ def changed(path, **entries):
         ({"patch_size": None, "image_size": {"a": 1}}, "cannot build transformers/ViTModel"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, and the file has"),
         ({"num_labels": 10**9}, "num_labels: 1000000000"),
-        ({"hidden_size": 400_000, "num_attention_heads": 4}, "numbers, and"),
+        ({"hidden_size": 400_000, "num_attention_heads": 4}, "many times larger"),
         ({"hidden_size": 40}, "of another shape: "),
         ({"num_hidden_layers": 4}, "missing: "),
         ({"num_hidden_layers": 2}, "not in the architecture: "),

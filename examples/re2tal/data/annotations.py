@@ -265,5 +265,5 @@ def _strings(value: Any, where: str) -> list[str]:
 def _number(value: Any, where: str) -> float:
     # an integer can be too large for a float
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        raise AnnotationError(f"{where} is {str(value)[:40]}, not a number below {_LARGEST:g}")
+        raise AnnotationError(f"{where} is {repr(value)[:40]}, not a number below {_LARGEST:g}")
     return float(value)
