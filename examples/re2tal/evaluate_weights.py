@@ -7,7 +7,7 @@ A row of the paper is this one command, for whoever has its weights and the vide
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import Annotated
 
 import typer
@@ -16,13 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples.re2tal.config import Config, read_config
 from examples.re2tal.console import ended_by_errors, terminal
 from examples.re2tal.distributed.world import joined
-from examples.re2tal.evaluation.inference import detect
-from examples.re2tal.evaluation.metrics import evaluate
-from examples.re2tal.report.table import table_of
-from examples.re2tal.sections import thresholds
-from examples.re2tal.train import write_outcome
+from examples.re2tal.train import tell, write_outcome
 from examples.re2tal.training.setup import annotations_of, clips_of, detector_of, resolved
-from examples.re2tal.training.trainer import Outcome
+from examples.re2tal.training.trainer import Outcome, outcome_of
 
 
 def run(config: Config, device: str = "auto") -> Outcome:
@@ -39,22 +35,14 @@ def run(config: Config, device: str = "auto") -> Outcome:
         columns = TextColumn("detecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=terminal(stderr=True), disable=not world.is_first) as bar:
             task = bar.add_task("")
-            results, skipped = detect(
+            outcome = outcome_of(
                 detector,
                 clips,
                 config,
-                annotations.classes,
+                annotations,
                 world,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
-        evaluation = evaluate(
-            annotations,
-            results,
-            subset=config.data.evaluate,
-            tiou=thresholds(config.evaluation.tiou),
-            drop_duplicates=config.evaluation.drop_duplicates,
-        )
-        outcome = Outcome(results, evaluation, skipped)
         if world.is_first:
             config.output.mkdir(parents=True, exist_ok=True)
             write_outcome(config, annotations, outcome)
@@ -76,9 +64,7 @@ def main(
     with ended_by_errors():
         settings = read_config(config, [*own, *(overrides or [])])
         outcome = run(settings, device)
-    console = terminal()
-    console.print(table_of(outcome.evaluation))
-    console.print(f"report: {Path(settings.output) / 'report.html'}")
+    tell(settings, outcome)
 
 
 if __name__ == "__main__":

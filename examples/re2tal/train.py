@@ -10,7 +10,6 @@ A run that was stopped goes on where it was: give the same command again.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,6 +79,13 @@ def write_outcome(
     write_text(config.output / "results.json", json.dumps(figures, indent=1))
 
 
+def tell(config: Config, outcome: Outcome) -> None:
+    """Print how good a model is, and where the report lies."""
+    console = terminal()
+    console.print(table_of(outcome.evaluation))
+    console.print(f"report: {config.output / 'report.html'}")
+
+
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped configuration.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.of.the.setting=value ...")] = None,
@@ -92,9 +98,7 @@ def main(
     with ended_by_errors():
         settings = read_config(config, overrides or [])
         outcome = run(settings, device)
-    console = terminal()
-    console.print(table_of(outcome.evaluation))
-    console.print(f"report: {Path(settings.output) / 'report.html'}")
+    tell(settings, outcome)
 
 
 if __name__ == "__main__":

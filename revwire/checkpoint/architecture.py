@@ -166,9 +166,8 @@ def check_fit(architecture: Architecture, tensors: Mapping[str, Tensor], what: s
     Raises:
         CheckpointError: They differ; the first few differences are named, the rest counted.
     """
-    if (
-        architecture.library in INDEXED
-    ):  # a configuration of transformers' has more than counts; it looks itself
+    # a configuration of transformers has more than counts, and is looked at by its library
+    if architecture.library in INDEXED:
         check_arguments(architecture.model_args, tensors, what)
     try:
         with built_within(tensors, what):

@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def _loaded(path: Path, *, mmap: bool) -> Any:
 
 def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
     """The tensors of a torch file, and the entry that has them."""
-    entry, state = _state_dict(loaded)
+    entry, state = state_dict_in(loaded, _ENTRIES)
     tensors = {}
     for name, value in state.items():
         if not isinstance(name, str) or not is_dense(value):
@@ -238,13 +238,18 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _state_dict(loaded: Any) -> tuple[str, Mapping[Any, Any]]:
-    """The entry that holds the weights, in timm's order of preference, and its name: `ema.module`."""
+def state_dict_in(loaded: Any, entries: Sequence[str]) -> tuple[str, Mapping[Any, Any]]:
+    """The entry of a training checkpoint that holds the weights, and its name: `ema.module`; `""` is all of it.
+
+    Args:
+        loaded: What the file holds.
+        entries: Names that it may have, the preferred ones first; entries may lie within each other.
+    """
     if not isinstance(loaded, Mapping):
         return "", {}
     path: list[str] = []
     for _ in range(_DEPTH):
-        entry = next((entry for entry in _ENTRIES if isinstance(loaded.get(entry), Mapping)), None)
+        entry = next((entry for entry in entries if isinstance(loaded.get(entry), Mapping)), None)
         if entry is None:
             return ".".join(path), loaded
         path.append(entry)

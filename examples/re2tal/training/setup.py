@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath
-from torchvision.ops import StochasticDepth
 
 from examples.re2tal.backbones.build import build_backbone, family_of, is_file
 from examples.re2tal.config import Config, read_config
@@ -18,7 +16,9 @@ from examples.re2tal.errors import Re2TALError
 from examples.re2tal.heads.build import build_head
 from examples.re2tal.training.checkpoints import trained_weights
 from examples.re2tal.training.strategy import lay_out
-from examples.re2tal.weights.families import found_in, head_in, load_head
+from examples.re2tal.weights.families import HEADS, found_in, load_head
+from examples.re2tal.weights.layouts import find
+from revwire.libraries.drop import is_drop_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def resolved(config: Config) -> Config:
     else:
         _, found = found_in(path, family_of(backbone.name))
         decided = found.options
-        head = head_in(path) if config.detector.weights is not None else None
+        head = find(found.stored, HEADS) if config.detector.weights is not None else None
         of_head = {} if head is None else head.options
         if found.layout.rewired and config.memory.strategy != "rewired":
             raise Re2TALError(
@@ -99,15 +99,12 @@ def backbone_of(config: Config, *, weights: bool = True) -> Backbone:
     name, given = config.backbone.name, _weights_of(config) if weights else None
     backbone = build_backbone(name, weights=given, **config.backbone.options)
     if (rate := config.backbone.drop_path) is not None:
-        paths = [m for m in backbone.modules() if isinstance(m, StochasticDepth | DropPath)]
+        paths = [module for module in backbone.modules() if is_drop_path(module)]
         if not paths:
             raise Re2TALError(f"the backbone {name} has no drop path; leave backbone.drop_path out")
         for i, path in enumerate(paths):
-            own = rate * i / max(1, len(paths) - 1)
-            if isinstance(path, StochasticDepth):
-                path.p = own
-            else:
-                path.drop_prob = own
+            # torchvision's name of the rate, and everybody else's
+            setattr(path, "p" if hasattr(path, "p") else "drop_prob", rate * i / max(1, len(paths) - 1))
     return backbone
 
 

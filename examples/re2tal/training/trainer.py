@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from examples.re2tal.config import Config
-    from examples.re2tal.data.dataset import Batch
+    from examples.re2tal.data.annotations import Annotations
+    from examples.re2tal.data.dataset import Batch, Clips
     from examples.re2tal.distributed.world import World
     from examples.re2tal.evaluation.metrics import Evaluation
     from examples.re2tal.evaluation.postprocess import Detections
@@ -59,6 +60,26 @@ class Outcome:
     results: Mapping[str, Detections]
     evaluation: Evaluation
     skipped: Mapping[str, str]
+
+
+def outcome_of(
+    model: torch.nn.Module,
+    clips: Clips,
+    config: Config,
+    annotations: Annotations,
+    world: World,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Detect in the evaluated subset, and evaluate; arguments are those of `detect`."""
+    results, skipped = detect(model, clips, config, annotations.classes, world, progress)
+    evaluation = evaluate(
+        annotations,
+        results,
+        subset=config.data.evaluate,
+        tiou=thresholds(config.evaluation.tiou),
+        drop_duplicates=config.evaluation.drop_duplicates,
+    )
+    return Outcome(results, evaluation, skipped)
 
 
 class Trainer:
@@ -153,15 +174,7 @@ class Trainer:
         if log is not None:
             log.say(f"evaluating {len(clips.videos)} videos in {len(clips)} clips")
         with averaged:
-            results, skipped = detect(self.model, clips, self.config, self.annotations.classes, self.world)
-        evaluation = evaluate(
-            self.annotations,
-            results,
-            subset=self.config.data.evaluate,
-            tiou=thresholds(self.config.evaluation.tiou),
-            drop_duplicates=self.config.evaluation.drop_duplicates,
-        )
-        return Outcome(results, evaluation, skipped)
+            return outcome_of(self.model, clips, self.config, self.annotations, self.world)
 
     def backbone_weights(self) -> dict[str, torch.Tensor]:
         """The backbone's tensors, by the names they have in a backbone that was just built."""

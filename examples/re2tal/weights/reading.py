@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,11 @@ from torch import Tensor
 from examples.re2tal.errors import Re2TALError
 from revwire.checkpoint.disk import check_regular
 from revwire.checkpoint.limits import check_stored, check_unpacked, is_dense
+from revwire.checkpoint.reader import state_dict_in
 from revwire.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pyth", ".tar", ".ckpt", ".bin")
@@ -96,8 +97,8 @@ def _read(path: Path) -> Stored:
     if head[8:] == b"{":  # after the length of the header
         tensors, metadata = _safetensors(path)
         return Stored(path, _unwrapped(path, tensors), "", metadata)
-    entry, state = _weights_in(_torch(path, mmap=head.startswith(b"PK")))
-    others = [name for name, value in state.items() if not isinstance(value, Tensor) or not is_dense(value)]
+    entry, state = state_dict_in(_torch(path, mmap=head.startswith(b"PK")), _ENTRIES)
+    others = [name for name, value in state.items() if not is_dense(value)]
     if others or not state:
         what = (
             f"{others[0]!r} is a {type(state[others[0]]).__name__}, no tensor"
@@ -140,17 +141,6 @@ def _torch(path: Path, *, mmap: bool) -> Any:
     inner = re.search(r"WeightsUnpickler error: (.*)", text)
     reason = inner[1] if inner else f"{kind}: {text}".partition("\n")[0]
     raise Re2TALError(f"{path} is no whole file of weights ({reason[:200]}); download or save it again")
-
-
-def _weights_in(loaded: Any) -> tuple[str, Mapping[Any, Any]]:
-    """The entry that holds the weights, and what is in it."""
-    if not isinstance(loaded, Mapping):
-        return "", {}
-    for entry in _ENTRIES:
-        if isinstance(loaded.get(entry), Mapping):
-            inner, state = _weights_in(loaded[entry])
-            return f"{entry}.{inner}" if inner else entry, state
-    return "", loaded
 
 
 def _unwrapped(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:

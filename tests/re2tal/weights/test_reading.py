@@ -158,3 +158,11 @@ def test_a_cut_file_is_told(tmp_path):
         read(tmp_path)
     with pytest.raises(Re2TALError, match="No such file"):
         read(tmp_path / "none.pth")
+
+
+def test_a_state_dict_that_holds_itself(tmp_path):
+    own: dict = {}
+    own["state_dict"] = own
+    torch.save(own, tmp_path / "own.pth")
+    with pytest.raises(Re2TALError, match="there are no tensors"):
+        read(tmp_path / "own.pth")
