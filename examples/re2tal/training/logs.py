@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +17,6 @@ from examples.re2tal.console import terminal
 from revwire.checkpoint.disk import write_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
@@ -116,4 +118,8 @@ def peak_gib(device: torch.device) -> float:
     """Most memory that this process has held so far, in GiB: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status")
+    told = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
+    if told:  # getrusage would tell the memory of the process that started this one, where that had more
+        return int(told[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
