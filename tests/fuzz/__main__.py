@@ -1,13 +1,14 @@
 """Spoilt checkpoints through load, plan, convert and the way back: `python -m tests.fuzz --help`.
 
-Every file is tried in a process that a crash, a hang of more than `HANG_S` seconds or more than `MEMORY` bytes ends;
-anything but a model or an error of revwire's is a finding, and so is what is left beside the file. A finding's file is
-kept, and its seed makes it again.
+Anything but a model or an error of revwire's is a finding: another error, a crash, a hang of more than `HANG_S`
+seconds, a peak of more than `MEMORY_MIB` of memory, and what is left beside the file. A finding's file is kept, and its
+seed makes it again.
 """
 
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -29,10 +30,11 @@ from revwire import checkpoint
 from revwire.errors import RevwireError
 from tests.fuzz.mutate import corpus, spoilt
 from tests.helpers.checkpoints import ARGS, convert
+from tests.helpers.memory import field_mib, forget_peak, peak_mib
 from tests.helpers.vits import NAME
 
 HANG_S = 10
-MEMORY = 1500 * 2**20
+MEMORY_MIB = 1500
 BATCH = 50
 
 
@@ -65,6 +67,11 @@ def _hung(*_):
     raise TimeoutError(f"more than {HANG_S} s")
 
 
+def bounded():
+    """This process never takes the machine's last memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (2**20 * (field_mib("VmSize") + 4 * MEMORY_MIB),) * 2)
+
+
 def batch(folder, kept, seeds):
     """Outcomes by seed; what a process does not live through is not among them."""
     torch.set_num_threads(1)
@@ -72,13 +79,14 @@ def batch(folder, kept, seeds):
     signal.signal(signal.SIGALRM, _hung)
     files = sorted(Path(folder).iterdir())
     outcomes = {}
-    base = _resident()
     for seed in seeds:
         own = random.Random(seed)
         with tempfile.TemporaryDirectory() as own_folder:
             source = own.choice(files)
             path = Path(own_folder, f"file{source.suffix}")
             way = spoilt(source, path, own)
+            forget_peak()
+            before = peak_mib()
             signal.alarm(HANG_S)
             try:
                 outcome = tried(path)
@@ -88,18 +96,12 @@ def batch(folder, kept, seeds):
                 outcome = f"FOUND {type(error).__name__}: {str(error)[:150]} ({place})"
             finally:
                 signal.alarm(0)
+            if (taken := peak_mib() - before) > MEMORY_MIB:
+                outcome = f"FOUND {taken} MiB of memory: {outcome}"
             if outcome.startswith("FOUND"):
                 shutil.copy(path, Path(kept, f"{seed}{path.suffix}"))
             outcomes[seed] = way, outcome
-        grown = _resident() - base
-        if grown > MEMORY:
-            outcomes[seed] = way, f"FOUND {grown >> 20} MiB of memory"
-            base = _resident()
     return outcomes
-
-
-def _resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def main(
@@ -127,7 +129,7 @@ def main(
         ):
             if seconds and time.monotonic() - start > seconds:
                 break
-            with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), bounded) as pool:
                 for seeds, future in [(s, pool.submit(batch, folder, kept, s)) for s in group]:
                     try:
                         outcomes = future.result()
@@ -135,7 +137,7 @@ def main(
                         outcomes = {seeds[0]: ("a batch", f"FOUND a crash in {seeds}: {error}")}
                     for number, (way, outcome) in outcomes.items():
                         done += 1
-                        counts[outcome.partition(" ")[0] if outcome.startswith("FOUND") else outcome] += 1
+                        counts["FOUND" if outcome.startswith("FOUND") else outcome] += 1
                         if outcome.startswith("FOUND"):
                             found.append(f"{number} {way}: {outcome}")
     for line in found[:50]:

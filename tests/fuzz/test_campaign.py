@@ -4,6 +4,7 @@ import datetime as dt
 import random
 
 import pytest
+import torch
 
 from revwire import checkpoint
 from revwire.errors import CheckpointError
@@ -46,6 +47,7 @@ def test_every_format_is_whole_and_every_seed_the_same_file(folder, tmp_path):
     [
         (lambda path: 1 / 0, "FOUND ZeroDivisionError"),
         (lambda path: path.with_name("litter").touch(), "FOUND AssertionError: left behind"),
+        (lambda path: torch.ones(2**29), "FOUND 20"),
     ],
 )
 def test_a_fault_is_found_and_its_file_kept(folder, tmp_path, monkeypatch, fault, words):
