@@ -1,7 +1,7 @@
 """Spoilt checkpoints through load, plan, convert and the way back: `python -m tests.fuzz --help`.
 
 Anything but a model or an error of revwire's is a finding: another error, a crash, a hang of more than `HANG_S`
-seconds, a peak of more than `MEMORY_MIB` of memory, and what is left beside the file. A finding's file is kept, and its
+seconds of work, a peak of more than `MEMORY_MIB` of memory, and what is left beside the file. A finding's file is kept, and its
 seed makes it again.
 """
 
@@ -34,8 +34,10 @@ from tests.helpers.memory import field_mib, forget_peak, peak_mib
 from tests.helpers.vits import NAME
 
 HANG_S = 10
+WAITS_S = 60
 MEMORY_MIB = 1500
 BATCH = 50
+_TIMERS = {signal.ITIMER_PROF: HANG_S, signal.ITIMER_REAL: WAITS_S}  # a busy machine is no hang
 
 
 def tried(path):
@@ -64,7 +66,7 @@ def tried(path):
 
 
 def _hung(*_):
-    raise TimeoutError(f"more than {HANG_S} s")
+    raise TimeoutError(f"more than {HANG_S} s, or {WAITS_S} s of waiting")
 
 
 def bounded():
@@ -76,7 +78,8 @@ def batch(folder, kept, seeds):
     """Outcomes by seed; what a process does not live through is not among them."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _hung)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, _hung)
     files = sorted(Path(folder).iterdir())
     outcomes = {}
     for seed in seeds:
@@ -87,7 +90,8 @@ def batch(folder, kept, seeds):
             way = spoilt(source, path, own)
             forget_peak()
             before = peak_mib()
-            signal.alarm(HANG_S)
+            for timer, seconds in _TIMERS.items():
+                signal.setitimer(timer, seconds, 1)  # again where a finalizer swallowed it
             try:
                 outcome = tried(path)
             except BaseException as error:  # noqa: BLE001 - findings of any kind
@@ -95,7 +99,8 @@ def batch(folder, kept, seeds):
                 place = f"{Path(at.filename).name}:{at.lineno}"
                 outcome = f"FOUND {type(error).__name__}: {str(error)[:150]} ({place})"
             finally:
-                signal.alarm(0)
+                for timer in _TIMERS:
+                    signal.setitimer(timer, 0)
             if (taken := peak_mib() - before) > MEMORY_MIB:
                 outcome = f"FOUND {taken} MiB of memory: {outcome}"
             if outcome.startswith("FOUND"):
@@ -127,6 +132,8 @@ def main(
         for group in track(
             [batches[i : i + jobs] for i in range(0, len(batches), jobs)], "trying", console=console
         ):
+            if done and done % 1000 < jobs * BATCH and not console.is_terminal:
+                console.print(f"{done} files, {len(found)} findings, {time.monotonic() - start:.0f} s")
             if seconds and time.monotonic() - start > seconds:
                 break
             with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), bounded) as pool:
