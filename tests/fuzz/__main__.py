@@ -1,8 +1,8 @@
 """Spoilt checkpoints through load, plan, convert and the way back: `python -m tests.fuzz --help`.
 
 Anything but a model or an error of revwire's is a finding: another error, a crash, a hang of more than `HANG_S`
-seconds of work, a peak of more than `MEMORY_MIB` of memory, and what is left beside the file. A finding's file is kept, and its
-seed makes it again.
+seconds of work, a peak of more than `MEMORY_MIB` of memory, and what is left beside the file. A finding's file is kept,
+and its seed makes it again.
 """
 
 import multiprocessing
@@ -109,6 +109,16 @@ def batch(folder, kept, seeds):
     return outcomes
 
 
+def in_processes(jobs, folder, kept, group):
+    """What the files of some batches came to, each batch in a new process: one that dies takes no other with it."""
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), bounded) as pool:
+        for seeds, future in [(s, pool.submit(batch, folder, kept, s)) for s in group]:
+            try:
+                yield from future.result().items()
+            except Exception as error:  # noqa: BLE001 - the process died
+                yield seeds[0], ("a batch", f"FOUND a crash in {seeds}: {error}")
+
+
 def main(
     files: Annotated[int, typer.Option(help="How many are tried.")] = 20_000,
     seconds: Annotated[float, typer.Option(help="Stop after so many; 0: not before all are tried.")] = 0,
@@ -128,25 +138,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         corpus(Path(folder))
         batches = [range(at, min(at + BATCH, seed + files)) for at in range(seed, seed + files, BATCH)]
-        # a new process for each batch: one that dies takes no other with it
-        for group in track(
-            [batches[i : i + jobs] for i in range(0, len(batches), jobs)], "trying", console=console
-        ):
+        groups = [batches[i : i + jobs] for i in range(0, len(batches), jobs)]
+        for group in track(groups, "trying", console=console):
             if done and done % 1000 < jobs * BATCH and not console.is_terminal:
                 console.print(f"{done} files, {len(found)} findings, {time.monotonic() - start:.0f} s")
             if seconds and time.monotonic() - start > seconds:
                 break
-            with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), bounded) as pool:
-                for seeds, future in [(s, pool.submit(batch, folder, kept, s)) for s in group]:
-                    try:
-                        outcomes = future.result()
-                    except Exception as error:  # noqa: BLE001 - the process died
-                        outcomes = {seeds[0]: ("a batch", f"FOUND a crash in {seeds}: {error}")}
-                    for number, (way, outcome) in outcomes.items():
-                        done += 1
-                        counts["FOUND" if outcome.startswith("FOUND") else outcome] += 1
-                        if outcome.startswith("FOUND"):
-                            found.append(f"{number} {way}: {outcome}")
+            for number, (way, outcome) in in_processes(jobs, folder, kept, group):
+                done += 1
+                counts["FOUND" if outcome.startswith("FOUND") else outcome] += 1
+                if outcome.startswith("FOUND"):
+                    found.append(f"{number} {way}: {outcome}")
     for line in found[:50]:
         console.print(line, markup=False, highlight=False)
     console.print(f"{done} files in {time.monotonic() - start:.0f} s: {dict(counts)}", markup=False)
