@@ -1,0 +1,1 @@
+"""The wheel in clean environments: `python -m tests.environments --help`."""
