@@ -37,8 +37,8 @@ COMMANDS = (
 OF_EXTRAS = {
     "transformers": (("convert", "hf"), ("convert", "hf/model.revwire.safetensors", "--to", "original")),
     "torchvision": (
-        ("plan", "torchvision/swin_t"),
-        ("convert", "swin_t.pth", "--arch", "torchvision/swin_t"),
+        ("plan", "torchvision/resnet18"),
+        ("convert", "resnet18.pth", "--arch", "torchvision/resnet18"),
     ),
 }
 

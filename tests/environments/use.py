@@ -35,7 +35,7 @@ def main():
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=5).double()
     compare(vit, images, {})
-    compare(vit, images, {"coupling": "bdia"})
+    compare(vit, images, {"coupling": "dr2net(alpha=0.9,beta=0.5)", "exact": True})
     compare(timm.create_model("resnet18", num_classes=5).double(), images, {})
 
     rewired = revwire.rewire(vit.float(), images.float(), budget="1GiB")
@@ -69,8 +69,8 @@ def torchvision_model():
     """A model of torchvision, and its own file."""
     import torchvision
 
-    model = torchvision.models.swin_t(num_classes=4).double()
-    torch.save(model.state_dict(), "swin_t.pth")
+    model = torchvision.models.resnet18(num_classes=4).double()
+    torch.save(model.state_dict(), "resnet18.pth")
     compare(model, torch.randn(1, 3, 64, 64, dtype=torch.float64), {})
 
 
