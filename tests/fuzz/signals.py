@@ -41,16 +41,19 @@ RESUMED_OF = 5
 """Of so many runs that were stopped one is given the same command again and taken to its end."""
 
 
-def run_of(command, *arguments):
-    """A process that runs a command, quietly, and ends as the command ends."""
+def run_of(told, command, *arguments):
+    """A process that runs a command, ends as the command ends, and tells a file what it would tell the terminal."""
 
     def within():
         sys.argv[1:] = [str(each) for each in arguments]
         os.setsid()
         torch.set_num_threads(1)
-        with Path(os.devnull).open("r+") as nowhere:
-            for number in range(3):
-                os.dup2(nowhere.fileno(), number)
+        for number in SIGNALS:  # a background job of a shell ignores some
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with told.open("w") as file, Path(os.devnull).open() as nothing:
+            for number, to in enumerate((nothing, file, file)):
+                os.dup2(to.fileno(), number)
         command()
 
     process = multiprocessing.get_context("fork").Process(target=within)
@@ -93,7 +96,7 @@ class WayBack(Conversion):
     def __init__(self, folder):
         super().__init__(folder)
         rewired = folder / "rewired.safetensors"
-        ended(run_of(revwire_command, *self.arguments, "-o", rewired), 600)
+        ended(run_of(folder / "told", revwire_command, *self.arguments, "-o", rewired), 600)
         self.arguments = ["convert", rewired, "--to", "original"]
 
 
@@ -103,7 +106,7 @@ class Training:
     def __init__(self, folder):
         self.data = tiny.data(folder / "data")
         self.whole = folder / "run"
-        ended(run_of(*self._command(self.whole)), 600)
+        ended(run_of(folder / "told", *self._command(self.whole)), 600)
         self.left = set(self._files(self.whole))
         self.figures = json.loads((self.whole / "results.json").read_text())
 
@@ -133,7 +136,7 @@ class Training:
             if not report.read_text().rstrip().endswith("</html>"):
                 return "a torn report"
         if own.randrange(RESUMED_OF) == 0:
-            process = run_of(*self._command(output))
+            process = run_of(place.with_name("told"), *self._command(output))
             if ended(process, 600) is None or process.exitcode:
                 return f"cannot go on: {process.exitcode}"
             if json.loads((output / "results.json").read_text()) != self.figures:
@@ -155,7 +158,7 @@ def ended(process, limit_s):
 def tried(job, place, own, usual_s):
     """What one signal comes to, and seconds until the end."""
     number = own.choice(SIGNALS)
-    process = run_of(*job.prepare(place, own))
+    process = run_of(place.with_name("told"), *job.prepare(place, own))
     time.sleep(own.uniform(0, usual_s))
     if process.is_alive():
         os.kill(process.pid, number)
@@ -164,7 +167,8 @@ def tried(job, place, own, usual_s):
         return f"FOUND {number.name}: not ended within {LIMIT_S} s", LIMIT_S
     told = {0, -number, 128 + number} | ({1} if number is signal.SIGINT else set())
     if process.exitcode not in told:
-        return f"FOUND {number.name}: exit code {process.exitcode}", took
+        words = place.with_name("told").read_text()[-1000:]
+        return f"FOUND {number.name}: exit code {process.exitcode}\n{words}", took
     if complaint := job.complaint(place, own):
         return f"FOUND {number.name}: {complaint}", took
     return ("done before" if process.exitcode == 0 else f"ended by {number.name}"), took
@@ -183,7 +187,7 @@ def main(
             (home := Path(folder, kind.__name__)).mkdir()
             job, place = kind(home), home / "place"
             place.mkdir()
-            process = run_of(*job.prepare(place, own))
+            process = run_of(place.with_name("told"), *job.prepare(place, own))
             if (usual := ended(process, 600)) is None or process.exitcode:
                 raise CheckpointError(f"{kind.__name__} does not work by itself: {process.exitcode}")
             shutil.rmtree(place)
