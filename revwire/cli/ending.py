@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # a scheduler's, a closed terminal's; Ctrl-C is Python's own KeyboardInterrupt
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_S = 0.02
+_LATEST_S = 2.0
+"""After which a signal ends what it finds."""
 
 
 @contextmanager
@@ -23,14 +26,21 @@ def ended_in_order() -> Iterator[None]:
     """For the length of the block, signals that end a program unwind it first, as Ctrl-C does.
 
     Python drops an exception that a signal raises while a finalizer runs (in the garbage collector, in `__del__`), and
-    goes on. Such a signal is sent once more a moment later. One that is ignored (`nohup`) stays ignored.
+    goes on. Such a signal is sent once more a moment later, and so is one that comes in a function which torch's C++
+    calls, where an exception may end the process at once. Other code in C makes an error of its own of the exception:
+    the block ends by the signal all the same. One that is ignored (`nohup`) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield
         return
     raised: dict[int, tuple[BaseException, int]] = {}
+    first: list[float] = []
 
-    def end(number: int, _: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        first.append(time.monotonic())
+        if first[-1] - first[0] < _LATEST_S and _called_by_torch(frame):
+            _send_again(number)
+            return
         error = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
         raised[id(error)] = error, number
         raise error
@@ -39,9 +49,7 @@ def ended_in_order() -> Iterator[None]:
         if id(unraisable.exc_value) not in raised:
             before(unraisable)
             return
-        again = threading.Timer(_AGAIN_S, _send, raised[id(unraisable.exc_value)][1:])
-        again.daemon = True
-        again.start()
+        _send_again(raised[id(unraisable.exc_value)][1])
 
     before = sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in (*_ENDING, signal.SIGINT)}
@@ -52,7 +60,27 @@ def ended_in_order() -> Iterator[None]:
         for number, handler in handlers.items():
             stack.callback(signal.signal, number, handler)
             signal.signal(number, end)
-        yield
+        try:
+            yield
+        except Exception as error:
+            for ending, _ in raised.values():
+                raise ending from error
+            raise
+
+
+def _called_by_torch(frame: FrameType | None) -> bool:
+    """Whether code that is running was called out of torch's dispatcher, parts of which let no exception through."""
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_dispatch__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    again = threading.Timer(_AGAIN_S, _send, (number,))
+    again.daemon = True
+    again.start()
 
 
 def _send(number: int) -> None:

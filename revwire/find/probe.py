@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from revwire.find.residual import Residual
     from revwire.trace.frame import Frame, Identity
+    from revwire.trace.origins import Origins
 
 
 class Named(Protocol):
@@ -52,7 +53,7 @@ class Probe:
         frames: Every module call, in running order.
         residuals: All residual additions, in running order; a module called twice has each twice.
         notes: Sums that look like residuals and are none: (module path, reason).
-        origins: Which tensor each rearranged tensor came from.
+        origins: Which tensor each rearranged, or cut and joined, tensor came from.
         training: The same model's run in train mode.
     """
 
@@ -60,8 +61,13 @@ class Probe:
     frames: tuple[Frame, ...]
     residuals: tuple[Residual, ...]
     notes: tuple[tuple[str, str], ...]
-    origins: dict[Identity, Identity]
+    origins: Origins
     training: Training
+
+    @property
+    def joined(self) -> set[Identity]:
+        """The tensors that were cut in pieces and are joined again."""
+        return self.origins.joined
 
     @cached_property
     def blocks(self) -> tuple[Residual, ...]:

@@ -29,7 +29,8 @@ from revwire.rewrite.variant import Variant
 from revwire.rewrite.wired import PROGRAM
 from revwire.run.recompute import run_again
 from revwire.run.state import Known
-from revwire.run.streams import is_streams, settle
+from revwire.run.streams import settle
+from revwire.run.travelling import is_travelling
 from revwire.trace.frame import Frame, TraceFailure, original_forward
 from revwire.trace.guards import Guards, is_input
 from revwire.trace.patches import TRACING
@@ -59,6 +60,7 @@ class Program:
         options: How steps run.
         joined: The frame's children that run again together, wherever it calls them one after the other.
         begins: Those of the steps that begin their chain, whatever they are given.
+        cuts: Those of them whose sum is cut in pieces and joined again before the next step.
         trained: What the frame was in train mode, where its code can see that.
     """
 
@@ -71,9 +73,11 @@ class Program:
         joined: tuple[Joined, ...] = (),
         *,
         begins: frozenset[int] = frozenset(),
+        cuts: frozenset[int] = frozenset(),
         trained: Iterable[Frame] = (),
     ) -> None:
-        self.steps, self.ends, self.options, self.joined, self.begins = steps, ends, options, joined, begins
+        self.steps, self.options, self.joined = steps, options, joined
+        self.begins, self.ends, self.cuts = begins, ends, cuts
         self.inlined, self.unread = frozenset(frame.guards.inlined), dict(frame.guards.unread)
         self._variants: list[Variant] = []
         self._refused: list[tuple[TreeSpec, Guards]] = []
@@ -97,7 +101,7 @@ class Program:
     @not_compiled
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's forward, rewired."""
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=is_travelling)
         inputs = list(filter(is_input, leaves))
         if (variant := self._variant_for(module, leaves, spec)) is not None:
             return variant.run(module, inputs)
@@ -169,8 +173,7 @@ class Program:
                 # what looks at each operation cannot look into compiled ones
                 compiles = self.options.compile and not (step.inside and step.slices > 1)
                 compiled = compiled_code(chosen) if compiles else None
-                place = residual.index in self.begins, residual.index in self.ends
-                steps[chosen] = self._runner(step, place, step_code(chosen), compiled)
+                steps[chosen] = self._runner(step, step_code(chosen), compiled)
         if len(steps) != len(self.steps):
             raise TraceFailure(f"has {len(steps)} residuals where {len(self.steps)} are planned")
         function = rewritten_forward(frame, steps, self._joined_calls(frame, steps))
@@ -187,18 +190,16 @@ class Program:
             for calls in places(frame, joined.children, taken)
         }
 
-    @staticmethod
-    def _runner(
-        step: Step, place: tuple[bool, bool], code: StepCode, compiled: StepCode | None
-    ) -> Callable[..., Any]:
-        begins, ends = place
+    def _runner(self, step: Step, code: StepCode, compiled: StepCode | None) -> Callable[..., Any]:
+        index = step.residual
+        begins, ends, cut = index in self.begins, index in self.ends, index in self.cuts
 
         # reads the options from the module it runs for: deep copies share this code, not their options
         def run(module: nn.Module, trunk: Any, *sides: Any) -> Any:
             options = module.__dict__[PROGRAM].options
             fast = compiled if options.compile and not only_shapes() else None
             given = trunk, settle(sides)
-            return run_step(module, step, fast or code, options, *given, begins=begins, ends=ends)
+            return run_step(module, step, fast or code, options, *given, begins=begins, ends=ends, cut=cut)
 
         run.__name__ = run.__qualname__ = "step"
         return run
@@ -238,8 +239,6 @@ def _joined_runner(joined: Joined) -> Callable[..., Any]:
 
 
 def _trunk_only(tree: Any) -> Any:
-    """Arguments with one tensor in place of a `Streams`, without making the merged one."""
-    leaves, spec = tree_flatten(tree, is_leaf=is_streams)
-    return tree_unflatten(
-        [leaf.current.detach().to(leaf.dtype) if is_streams(leaf) else leaf for leaf in leaves], spec
-    )
+    """Arguments with tensors in place of what travels, without merging any streams."""
+    leaves, spec = tree_flatten(tree, is_leaf=is_travelling)
+    return tree_unflatten([leaf.sample() if is_travelling(leaf) else leaf for leaf in leaves], spec)

@@ -13,8 +13,9 @@ from revwire.planning.slicing import mixes_now
 from revwire.rewrite.wired import PROGRAM
 from revwire.run.attention import SlicedAttention
 from revwire.run.branch import Branch
-from revwire.run.streams import Streams, as_tensor
+from revwire.run.streams import Streams
 from revwire.run.tape import Link
+from revwire.run.travelling import as_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,7 @@ def run_step(
     *,
     begins: bool = False,
     ends: bool,
+    cut: bool = False,
 ) -> Any:
     """One step of a chain: enters it where `trunk` is a tensor, goes on where it is a `Streams`.
 
@@ -47,6 +49,7 @@ def run_step(
         begins: Whether it begins one: the pair that another chain hands on, as training may take another way than
             the planning run, is merged then.
         ends: Whether it ends its chain and hands on a plain tensor.
+        cut: Whether the code after it cuts its sum in pieces that the next step's joins again.
 
     Returns:
         The streams after the step, or the tensor; a tuple of it and the inner values that the branch hands out, if any.
@@ -74,6 +77,7 @@ def run_step(
         trunk = Streams.enter(as_tensor(trunk), coupling, options.exact)
     replay = options.replay and not torch.compiler.is_exporting()
     following = trunk.advance(run, sides, replay=replay, link_type=link_type)
+    following.place.cut = cut
     following = following.tensor() if ends else following
     if not shared:
         return following

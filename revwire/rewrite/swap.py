@@ -11,12 +11,14 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from torch import nn
 
 from revwire.errors import RewireError
+from revwire.find.probe import sources
 from revwire.rewrite.program import Program
 from revwire.rewrite.recomputed import Recomputed
 from revwire.rewrite.wired import PLAN, PLANNED, PROGRAM, check_complete, is_wired
@@ -61,6 +63,7 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
     # a step that a shared module runs in the middle of a chain too takes, and hands on, both streams
     begins = _always(chosen, {id(chain.steps[0]) for chain in chosen.chains})
     ends = _always(chosen, {id(chain.steps[-1]) for chain in chosen.chains if not chain.open})
+    cuts = _cut(chosen, found)
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program | Recomputed] = {p: Recomputed(p, options) for p in chosen.recomputed}
     for path, steps in wanted.items():
@@ -78,6 +81,7 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
                 options,
                 joined,
                 begins=frozenset(i for i in steps if (path, i) in begins),
+                cuts=frozenset(i for i in steps if (path, i) in cuts),
                 trained=found.training.variants(path),
             )
         except TraceFailure as failure:
@@ -94,6 +98,17 @@ def _always(chosen: Plan, places: set[int]) -> set[tuple[str, int]]:
     """The module and residual of the steps that stand in such a place of their chain whenever they run."""
     elsewhere = {(step.module, step.residual) for step in chosen.steps if id(step) not in places}
     return {(step.module, step.residual) for step in chosen.steps} - elsewhere
+
+
+def _cut(chosen: Plan, found: Probe) -> set[tuple[str, int]]:
+    """The module and residual of the steps whose sum is cut in pieces and joined again before the next step."""
+    return {
+        (before.module, before.residual)
+        for chain in chosen.chains
+        for before, after in pairwise(chain.steps)
+        if (residual := found.residual(after)) is not None
+        and not found.joined.isdisjoint(sources(residual.entering, found.origins))
+    }
 
 
 @_once

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from revwire.pytree import tree_flatten, tree_unflatten
 from revwire.run.branch import Branch
 from revwire.run.kept import Kept
-from revwire.run.streams import Streams, is_streams, settle
+from revwire.run.streams import Streams, settle
 from revwire.run.tape import Link, Tape
+from revwire.run.travelling import Travelling, is_travelling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ def run_again(
         args: What it is called with, tensors or `Streams`.
         kwargs: The same, by name.
     """
-    leaves, spec = tree_flatten((args, kwargs), is_leaf=is_streams)
-    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | Streams)), None)
+    leaves, spec = tree_flatten((args, kwargs), is_leaf=is_travelling)
+    first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | Travelling)), None)
     dropping = options.replay and torch.is_grad_enabled() and not torch.compiler.is_exporting()
     if not dropping or first is None:
         return forward(*settle(args), **settle(kwargs))

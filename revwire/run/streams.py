@@ -18,10 +18,11 @@ from revwire._torch import backward_pass, register_pytree_node
 from revwire.errors import RewireError
 from revwire.pytree import tree_leaves, tree_map
 from revwire.run.exact import Grid, dropped_bits
+from revwire.run.pieces import Piece, Whole, slices_of
 from revwire.run.rearrange import inverse, is_rearrangement
 from revwire.run.recurrence import promoted
 from revwire.run.tape import Link, Tape
-from revwire.run.tensor_like import TensorLike
+from revwire.run.travelling import as_tensor, is_travelling
 from revwire.run.watch import Watch
 
 if TYPE_CHECKING:
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
     from revwire.run.recurrence import Weights
 
 
-# what either stream answers as the merged tensor would, without making it
-_ALIKE = (
-    {"dim", "numel", "nelement", "element_size", "stride", "get_device", "layout"}
-    | {"is_contiguous", "is_floating_point", "is_complex", "is_sparse", "is_nested", "is_quantized"}
-    | {"is_cuda", "is_cpu", "is_mps"}
-)
 _COPYING = {Tensor.view: Tensor.reshape, Tensor.view_as: Tensor.reshape_as}
 _OF_ONE_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 
@@ -50,7 +45,7 @@ class Place:
     which a coupling, whose fields follow from one another, does not allow.
     """
 
-    __slots__ = ("coupling", "dtype", "grid", "link", "undo")
+    __slots__ = ("coupling", "cut", "dtype", "grid", "link", "undo")
 
     def __init__(
         self,
@@ -59,12 +54,15 @@ class Place:
         link: Link | None = None,
         undo: tuple[Callable[[Tensor], Tensor], ...] = (),
         grid: Grid | None = None,
+        *,
+        cut: bool = False,
     ) -> None:
         self.coupling, self.dtype, self.link, self.undo, self.grid = coupling, dtype, link, undo, grid
+        self.cut = cut
 
 
 @dataclass(eq=False, repr=False)
-class Streams(TensorLike):
+class Streams(Whole):
     """Two consecutive states of a chain, `x[i-1]` and `x[i]`, and the place in the chain they stand at.
 
     Behaves as the merged tensor (`tensor()`) wherever code expects a tensor.
@@ -110,7 +108,7 @@ class Streams(TensorLike):
     def tensor(self) -> Tensor:
         """The merged tensor, made once."""
         if self._merged is None:
-            self._check_usable()
+            self.check_usable()
             # the first use may be one without grad or in inference mode, the next one not
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 self._merged = self.merger()(self.previous, self.current)
@@ -129,7 +127,7 @@ class Streams(TensorLike):
         """Whether the merged tensor was changed in place: from then on it is the trunk, and the streams are history."""
         return self._detached or any(t is self._merged and t._version != made for t, made in self._views)
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
         """Raise where going on would be silently wrong.
 
         Raises:
@@ -173,7 +171,7 @@ class Streams(TensorLike):
                 "loses what backward reconstructs from; with FSDP2 give blocks a MixedPrecisionPolicy with "
                 "cast_forward_inputs=False and no output_dtype"
             )
-        self._check_usable()
+        self.check_usable()
         link = self._link(branch, link_type)
         wide, narrow = self.current.dtype, self.dtype
         if wide != narrow:
@@ -240,17 +238,31 @@ class Streams(TensorLike):
         return link
 
     def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        self._check_usable()
-        alone = args and args[0] is self and not _streams((args[1:], kwargs))
-        if alone and not self.left and is_rearrangement(function, args, kwargs):
+        self.check_usable()
+        alone = args and args[0] is self and not self.left and not _any_travels((args[1:], kwargs))
+        if alone and is_rearrangement(function, args, kwargs):
             undo = inverse(function, self.current.shape, args[1:], kwargs)
             # the streams need not have the strides of the trunk that the code was written for
             free = _COPYING.get(function, function)
             both = [free(t, *args[1:], **kwargs) for t in (self.previous, self.current)]
-            undos = undo, *self.undo
-            moved = Streams(both[0], both[1], Place(self.coupling, self.dtype, self.link, undos, self.grid))
+            undos, cut = (undo, *self.undo), self.place.cut
+            place = Place(self.coupling, self.dtype, self.link, undos, self.grid, cut=cut)
+            moved = Streams(both[0], both[1], place)
             moved._views = self._views
             return moved
+        if alone and self.place.cut and (cuts := slices_of(function, self.shape, args[1:], kwargs)):
+            return (
+                tuple(Piece(self, where) for where in cuts) if isinstance(cuts, list) else Piece(self, cuts)
+            )
+        return self.settled_call(function, args, kwargs)
+
+    def settled_call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """`function(*args, **kwargs)` on the merged tensor.
+
+        Raises:
+            RewireError: it would be silently wrong on that.
+        """
+        self.check_usable()
         if function in _OF_ONE_GRADIENT and not self.left:
             raise RewireError(
                 f"{function.__name__} on the trunk between two rewired blocks: the gradient there belongs to two "
@@ -262,46 +274,15 @@ class Streams(TensorLike):
         return result
 
     @property
-    def shape(self) -> torch.Size:
-        """Shape of either stream."""
-        return self.current.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Device of either stream."""
-        return self.current.device
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return self.current.ndim
-
-    @property
     def requires_grad(self) -> bool:
         """Whether autograd records what is done with it."""
         return self.previous.requires_grad or self.current.requires_grad
-
-    def size(self, dim: int | None = None) -> Any:
-        """As `torch.Tensor.size`."""
-        return self.current.size() if dim is None else self.current.size(dim)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.current, name) if name in _ALIKE else super().__getattr__(name)
 
     def __repr__(self) -> str:
         return f"Streams({tuple(self.shape)}, {self.dtype}, {self.coupling.name}; .tensor() is the merged tensor)"
 
     def __len__(self) -> int:
         return len(self.current)
-
-
-def _streams(tree: Any) -> list[Streams]:
-    return [leaf for leaf in tree_leaves(tree, is_leaf=is_streams) if is_streams(leaf)]
-
-
-def is_streams(value: object) -> bool:
-    """Whether a value is what travels between rewired blocks."""
-    return isinstance(value, Streams)
 
 
 def _function_running() -> str:
@@ -319,14 +300,13 @@ def _function_running() -> str:
     return ""
 
 
-def as_tensor(value: Any) -> Any:
-    """`value`, or the merged tensor where it is a `Streams`."""
-    return value.tensor() if isinstance(value, Streams) else value
-
-
 def settle(tree: Any) -> Any:
-    """A structure with every `Streams` in it replaced by its merged tensor; the same object where there is none."""
-    return tree_map(as_tensor, tree, is_leaf=is_streams) if _streams(tree) else tree
+    """A structure with the merged tensor for all that travels in its place; the same object where there is none."""
+    return tree_map(as_tensor, tree, is_leaf=is_travelling) if _any_travels(tree) else tree
+
+
+def _any_travels(tree: Any) -> bool:
+    return any(map(is_travelling, tree_leaves(tree, is_leaf=is_travelling)))
 
 
 def _flatten(streams: Streams) -> tuple[list[Tensor], Place]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from revwire.pytree import is_object
-from revwire.run.streams import Streams
+from revwire.run.travelling import Travelling
 from revwire.trace.reads import Reads
 from revwire.trace.same import same
 
@@ -39,7 +39,7 @@ class ObjectOf:
 
 def is_tensor(value: object) -> bool:
     """Whether code that takes a tensor takes this value for one."""
-    return isinstance(value, Tensor | Streams)
+    return isinstance(value, Tensor | Travelling)
 
 
 def constant_for(leaf: Any) -> Any:

@@ -20,7 +20,6 @@ from revwire.pytree import is_object, snapshot, tree_flatten, tree_leaves, tree_
 from revwire.run.rearrange import is_rearrangement
 from revwire.trace.frame import (
     Frame,
-    Identity,
     TraceFailure,
     argument_names,
     first_line,
@@ -30,6 +29,7 @@ from revwire.trace.frame import (
 )
 from revwire.trace.graph import drop_unused, leaves_alone, unread_inputs
 from revwire.trace.guards import Inlined, constant_for, is_input, may_inline
+from revwire.trace.origins import Origins
 from revwire.trace.outside import Outside
 from revwire.trace.patches import (
     TRACING,
@@ -81,7 +81,7 @@ class Recorder:
         self.modes = {id(module): training for module, training in (modes or {}).items()}
         self.fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self.frames: list[Frame] = []
-        self.origins: dict[Identity, Identity] = {}
+        self.origins = Origins()
         self.tracing: FrameTracer | None = None
         self.order = itertools.count()
         self._nested = nested
@@ -166,10 +166,7 @@ class Recorder:
             if unchanged and not is_rearrangement(function, args, kwargs):
                 # dropout in eval mode hands back its very input, yet at run time it leaves the chain
                 result = result.view(result.shape)
-        if isinstance(result, Tensor):
-            self._alive.append(result)
-            if before and result is not source and is_rearrangement(function, args, kwargs):
-                self.origins[identity(result)] = before
+            self._alive += self.origins.note(function, args, kwargs, before, result)
         return result
 
     @contextmanager

@@ -33,6 +33,48 @@ finally:
     print("unwound", signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, sys.unraisablehook is sys.__unraisablehook__)
 """
 
+# the exception becomes one of the code that it came in, or comes where torch would let none through
+ELSEWHERE = """
+import os, signal, sys, time
+from revwire.cli.ending import ended_in_order
+
+def masked():
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        time.sleep(20)
+    except BaseException:
+        raise ValueError("of its own")
+
+class Mode:
+    deaf = 0.3
+
+    def __torch_dispatch__(self):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        end = time.monotonic() + self.deaf
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        print("not inside")
+
+class DeafMode(Mode):
+    deaf = 20
+
+def dispatched():
+    Mode().__torch_dispatch__()
+    time.sleep(20)
+    print("lost")
+
+def stuck():
+    DeafMode().__torch_dispatch__()
+
+try:
+    with ended_in_order():
+        globals()[sys.argv[2]]()
+except ValueError as error:
+    print("masked", error)
+finally:
+    print("unwound")
+"""
+
 IGNORED = """
 import os, signal, time
 from revwire.cli.ending import ended_in_order
@@ -48,6 +90,18 @@ print("went on")
 def test_a_signal_in_a_finalizer_is_not_lost(name):
     done = python("-c", IN_A_FINALIZER, name, timeout=60)
     assert done.stdout == "unwound True True\n", done.stderr
+    wanted = {"SIGTERM": 128 + signal.SIGTERM, "SIGHUP": 128 + signal.SIGHUP, "SIGINT": -signal.SIGINT}
+    assert done.returncode == wanted[name]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("masked", "unwound\n"), ("dispatched", "not inside\nunwound\n"), ("stuck", "unwound\n")],
+)
+def test_a_signal_ends_the_command_wherever_it_comes(name, place, told):
+    done = python("-c", ELSEWHERE, name, place, timeout=60)
+    assert done.stdout == told, done.stderr
     wanted = {"SIGTERM": 128 + signal.SIGTERM, "SIGHUP": 128 + signal.SIGHUP, "SIGINT": -signal.SIGINT}
     assert done.returncode == wanted[name]
 
