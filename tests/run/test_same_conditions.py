@@ -301,6 +301,68 @@ class KeyRenamed(Branch):
         return y * self.table.get("strength", 1.0)
 
 
+class KeyMoved(KeyRenamed):
+    """In a table whose order counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = {"strength": 2.0, "other": 5.0}
+
+    def before_backward(self):
+        self.table["strength"] = self.table.pop("strength")
+
+    def factor(self, y):
+        return y * next(iter(self.table.values()))
+
+
+class ListInItself(Branch):
+    """More goes on after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = [0]
+        self.seen.append(self.seen)
+        self.count = {"n": [0]}
+
+    def factor(self, y):
+        self.seen[0] += 1
+        self.count["n"][0] += 1
+        return y * (self.seen[1][0] + self.count["n"][0])
+
+
+class ObjectInItself(Branch):
+    def __init__(self):
+        super().__init__()
+        self.state = SimpleNamespace(count=0)
+        self.state.me = self.state
+
+    def factor(self, y):
+        self.state.me.count += 1
+        return y * self.state.count
+
+
+class BesideItsOutput(AttributeSet):
+    """What is noted of its attributes has no history, which the output has."""
+
+    last = None
+
+    def before_backward(self):
+        self.strength += 1.0
+
+    def factor(self, y):
+        self.last = y
+        return y * self.strength
+
+
+class ObjectBesideItsOutput(ObjectSet):
+    def before_backward(self):
+        self.config.strength += 1.0
+
+    def factor(self, y):
+        self.config.last = y
+        return y * self.config.strength
+
+
 class WeightReplaced(Branch):
     def before_backward(self):
         self.linear.weight = nn.Parameter(torch.zeros_like(self.linear.weight))
@@ -345,8 +407,8 @@ KINDS = [
     Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData, BufferInsideData,
     FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator, AttributeSet,
     MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced, HookInOtherTable,
-    GlobalHookAdded, KeyRenamed, WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode,
-    DefaultDtype, TensorInTuple,
+    GlobalHookAdded, KeyRenamed, KeyMoved, ListInItself, ObjectInItself, BesideItsOutput, ObjectBesideItsOutput,
+    WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode, DefaultDtype, TensorInTuple,
 ]  # fmt: skip
 
 
