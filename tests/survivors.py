@@ -47,6 +47,13 @@ COPIED = (
 LIMIT_S = 900
 """After which a run of tests has hung, which is noticed too."""
 UNSHRUNK = "no shrinking"
+EXCUSED = {
+    (
+        "revwire/run/attention.py",
+        "super().__init__()",
+    ): "torch's own does nothing, but may in another release",
+}
+"""What is told and not counted: removals that no test can miss, by file and text, each with why."""
 AT_IMPORT = ""
 """What coverage calls what no test runs."""
 COMMON = (
@@ -190,7 +197,8 @@ def survives(source: Path, removal: Removal, tests: list[str]) -> bool:
         tree = copied(source, folder)
         spoilt = tree / removal.file
         spoilt.write_bytes(removal.applied(spoilt.read_bytes()))
-        Path(cache_from_source(spoilt)).unlink(missing_ok=True)  # which may have the time and size of the right one
+        # of the right file, whose time and size it may have
+        Path(cache_from_source(spoilt)).unlink(missing_ok=True)
         return in_fork(lambda: pytest_in(tree, ["-x", *tests]), LIMIT_S) == 0
 
 
@@ -215,7 +223,8 @@ def running_tests(
     for r in every:
         lines = ran.get(r.file, {})
         names = {test for line in range(r.first, r.last + 1) for test in lines.get(str(line), ())}
-        running.append(sorted(names - {AT_IMPORT} if names != {AT_IMPORT} else seconds, key=seconds.__getitem__))
+        told = seconds if names == {AT_IMPORT} else names - {AT_IMPORT}
+        running.append(sorted(told, key=seconds.__getitem__))
     return running
 
 
@@ -228,7 +237,8 @@ def main(
 ) -> None:
     """Take safety lines out one by one and tell which of them no test misses.
 
-    The room that runs: python -m tests.survivors revwire/run --test tests/run --test tests/whole
+    The room that runs: python -m tests.survivors revwire/run --test tests/run --test tests/whole --test
+    tests/experimental
     """
     with contextlib.redirect_stderr(io.StringIO()):
         import timm  # noqa: F401 - what every forked process would import
@@ -239,7 +249,7 @@ def main(
         for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])
     ]
     tests = test or sorted({f"tests/{file.parts[1]}" for file in files})
-    console, survivors = Console(), 0
+    console, survivors, excused = Console(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         source = copied(ROOT, folder)  # work in the checkout may go on
         every = [removal for file in files for removal in removals(source, file)]
@@ -250,13 +260,16 @@ def main(
             counted = track(alive, "removing", len(every), console=console)
             for removal, names, lives in zip(every, running, counted, strict=True):
                 if lives:
-                    survivors += 1
                     why = f"{len(names)} tests run it" if names else "no test runs it"
-                    line = (
-                        f"[red]survives[/red] {removal.file}:{removal.first} {escape(removal.text)} ({why})"
-                    )
+                    if excuse := EXCUSED.get((removal.file, removal.text)):
+                        excused += 1
+                        what = f"[yellow]excused[/yellow]: {escape(excuse)};"
+                    else:
+                        survivors += 1
+                        what = "[red]survives[/red]"
+                    line = f"{what} {removal.file}:{removal.first} {escape(removal.text)} ({why})"
                     console.print(line, highlight=False)
-    console.print(f"{len(every)} removed, {survivors} survive {', '.join(tests)}")
+    console.print(f"{len(every)} removed, {survivors} survive {', '.join(tests)}, {excused} excused")
     raise typer.Exit(1 if survivors else 0)
 
 

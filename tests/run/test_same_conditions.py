@@ -143,6 +143,19 @@ class TensorInTuple(Branch):
         return y * self.state[0].clone()
 
 
+class TrainedTensorInPlace(TensorInPlace):
+    """One that wants a gradient: its own numbers may not be others' meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.count.requires_grad_()
+
+    def factor(self, y):
+        with torch.no_grad():
+            self.count += 1
+        return y * self.count.clone()
+
+
 class BufferThroughData(Branch):
     def __init__(self):
         super().__init__()
@@ -269,6 +282,11 @@ class HookRemoved(Branch):
 
     def before_backward(self):
         self.handle.remove()
+
+
+class HookOfAnotherKindAdded(HookRemoved):
+    def before_backward(self):
+        self.linear.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
 
 
 class GlobalHookAdded(Branch):
@@ -404,11 +422,12 @@ class DefaultDtype(Branch):
 
 
 KINDS = [
-    Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData, BufferInsideData,
-    FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator, AttributeSet,
-    MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced, HookInOtherTable,
-    GlobalHookAdded, KeyRenamed, KeyMoved, ListInItself, ObjectInItself, BesideItsOutput, ObjectBesideItsOutput,
-    WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode, DefaultDtype, TensorInTuple,
+    Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData,
+    BufferInsideData, FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator,
+    AttributeSet, MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced,
+    HookInOtherTable, GlobalHookAdded, HookOfAnotherKindAdded, TrainedTensorInPlace, KeyRenamed, KeyMoved,
+    ListInItself, ObjectInItself, BesideItsOutput, ObjectBesideItsOutput, WeightReplaced, WeightTableReplaced,
+    ModeChanged, ContextVariable, FunctionMode, DefaultDtype, TensorInTuple,
 ]  # fmt: skip
 
 
@@ -619,10 +638,10 @@ def test_what_a_module_keeps_does_not_keep_earlier_graphs_alive():
     class Keeps(Branch):
         def __init__(self):
             super().__init__()
-            self.last, self.all = None, {"seen": None}
+            self.last, self.all, self.state = None, {"seen": None}, SimpleNamespace(last=None)
 
         def factor(self, y):
-            self.last, self.all["seen"] = y, [y]
+            self.last, self.all["seen"], self.state.last = y, [y], y
             return y
 
     x = torch.randn(5, WIDTH)

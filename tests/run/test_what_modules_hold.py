@@ -10,7 +10,7 @@ import revwire
 from revwire import ReplayError
 from revwire.run import state
 from revwire.run.contents import Contents, reached
-from tests.helpers.nets import WIDTH, assert_same, gradients, x_of
+from tests.helpers.nets import WIDTH, assert_same, x_of
 from tests.helpers.steps import kept
 
 DEPTH = 3
@@ -54,6 +54,11 @@ def frozen(block):
     block.gamma.requires_grad_(requires_grad=False)
 
 
+def held(block):
+    """All by name."""
+    return dict(vars(block)) | dict(block.named_parameters()) | dict(block.named_buffers())
+
+
 @pytest.mark.parametrize("change", [other_gamma, other_mask, other_table, no_table, frozen])
 def test_what_a_frame_reads_itself_is_what_it_was_and_afterwards_what_it_is(change):
     model, found = wired(), []
@@ -62,13 +67,12 @@ def test_what_a_frame_reads_itself_is_what_it_was_and_afterwards_what_it_is(chan
         value = net(x_of(4, WIDTH)).square().sum()
         for block in net:
             change(block)
-        now = [dict(vars(block)) | dict(block.named_parameters()) | dict(block.named_buffers()) for block in net]
+        now = [held(block) for block in net]
         value.backward()
         found.append([w.grad for w in weights])
         for block, was in zip(net, now, strict=True):
-            held = dict(vars(block)) | dict(block.named_parameters()) | dict(block.named_buffers())
-            assert held.keys() == was.keys()
-            assert all(held[key] is was[key] for key in was)
+            assert held(block).keys() == was.keys()
+            assert all(held(block)[key] is was[key] for key in was)
     assert all(g.norm() > 0 for g in found[0] if g is not None)
     assert_same(*found)
 
