@@ -7,6 +7,7 @@ imported already.
 """
 
 import ast
+import compileall
 import contextlib
 import io
 import json
@@ -20,6 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,15 @@ COPIED = (
 LIMIT_S = 900
 """After which a run of tests has hung, which is noticed too."""
 UNSHRUNK = "no shrinking"
+EXCUSED = {
+    (
+        "revwire/run/attention.py",
+        "super().__init__()",
+    ): "torch's own does nothing, but may in another release",
+}
+"""What is told and not counted: removals that no test can miss, by file and text, each with why."""
+AT_IMPORT = ""
+"""What coverage calls what no test runs."""
 COMMON = (
     *("-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--hypothesis-profile={UNSHRUNK}"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of what was imported before the fork
@@ -103,7 +114,7 @@ class Contexts:
         try:
             return (yield)
         finally:
-            self._measured.switch_context("")
+            self._measured.switch_context(AT_IMPORT)
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
@@ -135,10 +146,13 @@ def in_fork(run, limit_s: float) -> int | None:
 
 
 def copied(source: Path, folder: str) -> Path:
-    """A checkout to spoil."""
+    """A checkout to spoil, with the bytecode of its files, so that no removal has all of them compiled again."""
     for name in COPIED:
-        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
-        copy(source / name, Path(folder, name))
+        if (source / name).is_dir():
+            shutil.copytree(source / name, Path(folder, name))
+            compileall.compile_dir(Path(folder, name), quiet=1)
+        else:
+            shutil.copy(source / name, Path(folder, name))
     return Path(folder)
 
 
@@ -166,7 +180,7 @@ def lines_of_tests(tree: Path, files: list[Path], tests: list[str], out: Path) -
     data = measured.get_data()
     ran = {
         str(Path(file).relative_to(tree)): {
-            line: sorted(set(names) & set(contexts.seconds))
+            line: sorted(set(names) & {AT_IMPORT, *contexts.seconds})
             for line, names in data.contexts_by_lineno(file).items()
         }
         for file in data.measured_files()
@@ -183,6 +197,8 @@ def survives(source: Path, removal: Removal, tests: list[str]) -> bool:
         tree = copied(source, folder)
         spoilt = tree / removal.file
         spoilt.write_bytes(removal.applied(spoilt.read_bytes()))
+        # of the right file, whose time and size it may have
+        Path(cache_from_source(spoilt)).unlink(missing_ok=True)
         return in_fork(lambda: pytest_in(tree, ["-x", *tests]), LIMIT_S) == 0
 
 
@@ -202,14 +218,14 @@ def tests_by_line(
 def running_tests(
     every: list[Removal], ran: dict[str, dict[str, list[str]]], seconds: dict[str, float]
 ) -> list[list[str]]:
-    """Of each removal the tests that run what it removes, the quickest first."""
-    return [
-        sorted(
-            {test for line in range(r.first, r.last + 1) for test in ran.get(r.file, {}).get(str(line), ())},
-            key=seconds.__getitem__,
-        )
-        for r in every
-    ]
+    """Of each removal the tests that run what it removes, the quickest first; all, where it runs at import."""
+    running = []
+    for r in every:
+        lines = ran.get(r.file, {})
+        names = {test for line in range(r.first, r.last + 1) for test in lines.get(str(line), ())}
+        told = seconds if names == {AT_IMPORT} else names - {AT_IMPORT}
+        running.append(sorted(told, key=seconds.__getitem__))
+    return running
 
 
 def main(
@@ -221,7 +237,8 @@ def main(
 ) -> None:
     """Take safety lines out one by one and tell which of them no test misses.
 
-    The room that runs: python -m tests.survivors revwire/run --test tests/run --test tests/whole
+    The room that runs: python -m tests.survivors revwire/run --test tests/run --test tests/whole --test
+    tests/experimental
     """
     with contextlib.redirect_stderr(io.StringIO()):
         import timm  # noqa: F401 - what every forked process would import
@@ -232,7 +249,7 @@ def main(
         for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])
     ]
     tests = test or sorted({f"tests/{file.parts[1]}" for file in files})
-    console, survivors = Console(), 0
+    console, survivors, excused = Console(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         source = copied(ROOT, folder)  # work in the checkout may go on
         every = [removal for file in files for removal in removals(source, file)]
@@ -243,13 +260,16 @@ def main(
             counted = track(alive, "removing", len(every), console=console)
             for removal, names, lives in zip(every, running, counted, strict=True):
                 if lives:
-                    survivors += 1
                     why = f"{len(names)} tests run it" if names else "no test runs it"
-                    line = (
-                        f"[red]survives[/red] {removal.file}:{removal.first} {escape(removal.text)} ({why})"
-                    )
+                    if excuse := EXCUSED.get((removal.file, removal.text)):
+                        excused += 1
+                        what = f"[yellow]excused[/yellow]: {escape(excuse)};"
+                    else:
+                        survivors += 1
+                        what = "[red]survives[/red]"
+                    line = f"{what} {removal.file}:{removal.first} {escape(removal.text)} ({why})"
                     console.print(line, highlight=False)
-    console.print(f"{len(every)} removed, {survivors} survive {', '.join(tests)}")
+    console.print(f"{len(every)} removed, {survivors} survive {', '.join(tests)}, {excused} excused")
     raise typer.Exit(1 if survivors else 0)
 
 

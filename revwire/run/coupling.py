@@ -196,7 +196,6 @@ class Momentum(Coupling):
         if not 0 <= self.gamma < 1:
             raise RewireError(f"momentum needs 0 <= gamma < 1, not {self.gamma}")
         _set(self, a=-self.gamma, b=1 + self.gamma, c=1 - self.gamma)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,6 @@ class BDIA(Coupling):
         if not 0 < self.gamma < 1:
             raise RewireError(f"bdia needs 0 < gamma < 1, not {self.gamma}")
         _set(self, a=self.gamma, b=1 - self.gamma, c=1 + self.gamma)
-        super().__post_init__()
 
     def in_mode(self, *, training: bool) -> Coupling:
         """The network as it was, in eval mode."""

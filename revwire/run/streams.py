@@ -107,8 +107,8 @@ class Streams(Whole):
 
     def tensor(self) -> Tensor:
         """The merged tensor, made once."""
+        self.check_usable()  # also where it is made already: a view of it may have been changed since
         if self._merged is None:
-            self.check_usable()
             # the first use may be one without grad or in inference mode, the next one not
             with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
                 self._merged = self.merger()(self.previous, self.current)

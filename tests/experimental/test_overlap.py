@@ -189,6 +189,34 @@ def test_a_weight_updated_in_a_hook_meanwhile_is_found_out(device):
         gradients(model, x)
 
 
+class Gated(nn.Module):
+    """Biased branches, times what comes from beside the trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.biases = nn.ParameterList(torch.zeros(8) for _ in range(4))
+
+    def forward(self, x, gate):
+        for block, bias in zip(self.blocks, self.biases, strict=True):
+            x = x + (block(x).tanh() * gate + bias)
+        return x
+
+
+def test_a_side_input_updated_in_a_hook_meanwhile_is_found_out(device):
+    torch.manual_seed(0)
+    x, gate = torch.randn(3, 8), torch.randn(8)
+    model = revwire.rewire(Gated(), (x, gate), overlap=True)
+
+    def update(_):
+        gate.mul_(2)
+
+    model.biases[1].register_post_accumulate_grad_hook(update)
+    loss = model(x, gate).square().mean()
+    with pytest.raises(revwire.ReplayError, match=r"#1: what the branch reads beside the trunk"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_stream_changed_in_place_is_told_the_same_way(device, overlap):
     model, x = stack()

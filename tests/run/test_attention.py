@@ -175,3 +175,24 @@ def test_weights_used_twice():
         changed.add_(1)
         with pytest.raises(ReplayError, match=r"the\.branch: what its attention is computed from is changed"):
             weights @ v
+        with pytest.raises(ReplayError, match=r"the\.branch: what its attention is computed from is changed"):
+            weights.sum()
+        dropped = functional.dropout((q @ k.mT).softmax(-1), 0.5)
+        dropped @ v
+        with pytest.raises(ReplayError, match=r"the\.branch: its attention weights are used twice"):
+            dropped @ v
+
+
+def test_a_look_at_scores_leaves_them_what_they_would_have_been():
+    """Without grad, or outside of the autocast that they belong to."""
+    q, k, v = double(2, 3, 9, 4), double(2, 3, 9, 4), double(2, 3, 9, 4)
+    with SlicedAttention(2, "the.branch"):
+        scores = q @ k.mT
+        with torch.no_grad():
+            assert scores.amax() > 0
+        found = torch.autograd.grad(loss(scores.softmax(-1) @ v), (q, k, v))
+        with torch.autocast("cpu", torch.bfloat16):
+            low = q.float() @ k.float().mT
+        assert isinstance(low, Scores)
+        assert low.tensor().dtype == torch.bfloat16
+    assert_same(torch.autograd.grad(loss((q @ k.mT).softmax(-1) @ v), (q, k, v)), found)

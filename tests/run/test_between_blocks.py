@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from revwire import RevwireError
+from revwire.pytree import tree_map
 from tests.helpers.middle import Blocks, Leaving, Staying, agree, noise, pair
 from tests.helpers.nets import WIDTH, assert_same, gradients, loss, recur
 
@@ -89,7 +90,15 @@ class Square(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0]
 
 
-@pytest.mark.parametrize("function", [Reverse, Square])
+class Rearranged(Reverse):
+    """Of both streams, as long as it is given them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.reshape(4, WIDTH)
+
+
+@pytest.mark.parametrize("function", [Reverse, Square, Rearranged])
 def test_an_autograd_function_on_the_trunk_raises_and_works_on_its_tensor(function):
     """Autograd sees tensors only: the gradient would be cut without a word."""
     taps = []
@@ -102,6 +111,22 @@ def test_an_autograd_function_on_the_trunk_raises_and_works_on_its_tensor(functi
     with pytest.raises(RevwireError, match=rf"{function.__name__}, an autograd.Function.*x\.tensor\(\)"):
         model(noise())
     agree(Staying, lambda x: middle(x, lambda t: t.tensor() if hasattr(t, "tensor") else t), lambda: taps)
+
+
+def test_streams_cast_by_whoever_maps_the_tensors_between_blocks_raise():
+    """As FSDP2's mixed precision does, unless told otherwise."""
+    _, model = pair(lambda x: tree_map(lambda t: t.bfloat16(), x))
+    with pytest.raises(RevwireError, match=r"2#0: the streams .* were cast to torch\.bfloat16"):
+        model(noise())
+    agree(Staying, lambda x: tree_map(lambda t: t * 1, x))
+
+
+def test_the_trunk_has_none_of_a_tensors_protocols():
+    """Copying it or handing it to another library would take the merged tensor for all there is."""
+    names, seen = ("__deepcopy__", "__array__", "__dlpack__", "__reduce__"), []
+    _, model = pair(lambda x: seen.append([hasattr(x, name) for name in names]) or x)
+    model(noise())
+    assert seen == [[False, False, False, True]]  # the last one is any object's
 
 
 class Checkpointed(Blocks):

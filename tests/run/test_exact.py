@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,11 +136,11 @@ class Loud(nn.Module):
         return self.factor * self.inner(x)
 
 
-@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize(("lag", "after"), [(0, 2), (2, 2), (2, 0)])
 @pytest.mark.parametrize("name", RULES)
-def test_values_that_leave_the_range_are_told_once_and_cost_no_gradient(name, lag, monkeypatch):
+def test_values_that_leave_the_range_are_told_once_and_cost_no_gradient(name, lag, after, monkeypatch):
     monkeypatch.setitem(watch._LAG, "cpu", lag)
-    factors, x = (1.0, 1.0, 1e6, 1.0, -1e6, 1.0, 1e9, 1.0, 1.0), noise()
+    factors, x = (1.0, 1.0, 1e6, 1.0, -1e6, 1.0, 1e9, *[1.0] * after), noise()
     model = rewired(name, Net(*map(Loud, factors)), x, exact=True).train()
     found = []
     for net in (kept(model), model):
@@ -154,6 +155,22 @@ def test_values_that_leave_the_range_are_told_once_and_cost_no_gradient(name, la
     assert "the chain from (model)#0: values have left the range of its exact grid at (model)#" in str(
         told[0].message
     )
+
+
+def test_the_answer_of_a_device_is_read_when_it_is_there(monkeypatch):
+    answer, recorded = torch.tensor(False), []
+
+    class Event:
+        def record(self):
+            recorded.append(self)
+
+        def synchronize(self):
+            answer.fill_(self in recorded)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(Event=Event))
+    held = watch._on_host(SimpleNamespace(device=torch.device("cuda"), to=lambda *_, **__: answer))
+    assert not answer
+    assert held()
 
 
 @pytest.mark.parametrize("lag", [0, 2])

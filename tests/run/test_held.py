@@ -60,6 +60,17 @@ def test_a_second_backward_through_freed_anchors_says_so():
         out.backward()
 
 
+def test_a_second_backward_from_inside_a_chain_whose_end_was_freed_says_so():
+    """Plain autograd has what it needs: the first backward went no further than the last step."""
+    model, inner = nn.Sequential(*(Residual(mlp()) for _ in range(3))).double(), []
+    model = revwire.rewire(model, x_of(4, WIDTH))
+    model[0].body[0].register_forward_hook(lambda *args: inner.append(args[2]))
+    out = loss(model(x_of(4, WIDTH)))
+    torch.autograd.grad(out, model[2].body[0][2].weight)
+    with pytest.raises(ReplayError, match=r"the output of its chain was freed by an earlier backward\(\)"):
+        loss(inner[0]).backward()
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_what_others_hold_is_not_overwritten(chunks):
     """`x[i-1]` takes the memory of `x[i+1]` only where nobody else has any of it."""
@@ -141,6 +152,22 @@ def test_an_output_changed_in_place_is_found_out(coupling, change):
         ReplayError, match="the output of its chain has been modified by an inplace operation"
     ):
         value.backward()
+
+
+def test_whoever_asks_again_is_told_the_same():
+    """Where one half of the pair was changed, the other one is not let go."""
+    x, inner = x_of(4, WIDTH), []
+    net = Net(mlp(), mlp(), mlp()).double()
+    model = revwire.rewire(net, x, coupling="momentum")
+    for branch in model.branches:
+        branch[0].register_forward_hook(lambda *args: inner.append(args[2]))
+    out = model(x)
+    losses = [loss(inner[2]), loss(inner[1])]
+    with torch.no_grad():
+        out.mul_(0.5)
+    for value in losses:
+        with pytest.raises(ReplayError, match="the output of its chain has been modified"):
+            value.backward()
 
 
 def test_an_output_that_is_the_mean_of_both_streams_may_be_changed_in_place():

@@ -143,6 +143,19 @@ class TensorInTuple(Branch):
         return y * self.state[0].clone()
 
 
+class TrainedTensorInPlace(TensorInPlace):
+    """One that wants a gradient: its own numbers may not be others' meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.count.requires_grad_()
+
+    def factor(self, y):
+        with torch.no_grad():
+            self.count += 1
+        return y * self.count.clone()
+
+
 class BufferThroughData(Branch):
     def __init__(self):
         super().__init__()
@@ -271,6 +284,11 @@ class HookRemoved(Branch):
         self.handle.remove()
 
 
+class HookOfAnotherKindAdded(HookRemoved):
+    def before_backward(self):
+        self.linear.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+
+
 class GlobalHookAdded(Branch):
     def before_backward(self):
         GLOBAL.append(
@@ -299,6 +317,68 @@ class KeyRenamed(Branch):
 
     def factor(self, y):
         return y * self.table.get("strength", 1.0)
+
+
+class KeyMoved(KeyRenamed):
+    """In a table whose order counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = {"strength": 2.0, "other": 5.0}
+
+    def before_backward(self):
+        self.table["strength"] = self.table.pop("strength")
+
+    def factor(self, y):
+        return y * next(iter(self.table.values()))
+
+
+class ListInItself(Branch):
+    """More goes on after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = [0]
+        self.seen.append(self.seen)
+        self.count = {"n": [0]}
+
+    def factor(self, y):
+        self.seen[0] += 1
+        self.count["n"][0] += 1
+        return y * (self.seen[1][0] + self.count["n"][0])
+
+
+class ObjectInItself(Branch):
+    def __init__(self):
+        super().__init__()
+        self.state = SimpleNamespace(count=0)
+        self.state.me = self.state
+
+    def factor(self, y):
+        self.state.me.count += 1
+        return y * self.state.count
+
+
+class BesideItsOutput(AttributeSet):
+    """What is noted of its attributes has no history, which the output has."""
+
+    last = None
+
+    def before_backward(self):
+        self.strength += 1.0
+
+    def factor(self, y):
+        self.last = y
+        return y * self.strength
+
+
+class ObjectBesideItsOutput(ObjectSet):
+    def before_backward(self):
+        self.config.strength += 1.0
+
+    def factor(self, y):
+        self.config.last = y
+        return y * self.config.strength
 
 
 class WeightReplaced(Branch):
@@ -342,11 +422,12 @@ class DefaultDtype(Branch):
 
 
 KINDS = [
-    Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData, BufferInsideData,
-    FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator, AttributeSet,
-    MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced, HookInOtherTable,
-    GlobalHookAdded, KeyRenamed, WeightReplaced, WeightTableReplaced, ModeChanged, ContextVariable, FunctionMode,
-    DefaultDtype, TensorInTuple,
+    Int, Tuple, List, Set, Queue, NestedDict, DictInList, Object, TensorInPlace, BufferThroughData,
+    BufferInsideData, FunctionalNorm, OwnGenerator, PythonRandom, OwnPythonRandom, NumpyRandom, NumpyGenerator,
+    AttributeSet, MaskSet, EntryReplaced, ObjectSet, ChildReplaced, HookAdded, HookRemoved, HooksReplaced,
+    HookInOtherTable, GlobalHookAdded, HookOfAnotherKindAdded, TrainedTensorInPlace, KeyRenamed, KeyMoved,
+    ListInItself, ObjectInItself, BesideItsOutput, ObjectBesideItsOutput, WeightReplaced, WeightTableReplaced,
+    ModeChanged, ContextVariable, FunctionMode, DefaultDtype, TensorInTuple,
 ]  # fmt: skip
 
 
@@ -557,10 +638,10 @@ def test_what_a_module_keeps_does_not_keep_earlier_graphs_alive():
     class Keeps(Branch):
         def __init__(self):
             super().__init__()
-            self.last, self.all = None, {"seen": None}
+            self.last, self.all, self.state = None, {"seen": None}, SimpleNamespace(last=None)
 
         def factor(self, y):
-            self.last, self.all["seen"] = y, [y]
+            self.last, self.all["seen"], self.state.last = y, [y], y
             return y
 
     x = torch.randn(5, WIDTH)

@@ -83,7 +83,17 @@ def slice_of_view_changes(x):
     return x
 
 
-@pytest.mark.parametrize("middle", [view_changes, transposed_changes, base_changes, slice_of_view_changes])
+def looked_at_before(x):
+    """The merged tensor is made by then; that of the view is another."""
+    assert x.norm() > 0
+    view = x.reshape(4, WIDTH)
+    view.mul_(2)
+    return torch.stack([view, x])[1]
+
+
+@pytest.mark.parametrize(
+    "middle", [view_changes, transposed_changes, base_changes, slice_of_view_changes, looked_at_before]
+)
 def test_a_trunk_changed_in_place_through_a_view_raises(middle):
     _, model = pair(middle)
     with pytest.raises(RevwireError, match="changed in place through a view"):
