@@ -38,8 +38,10 @@ class Stepping(Dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
-@each_net
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("loop", "fork"), ("vit", "fork"), ("convolutions", "fork"), ("vit", "spawn"), ("loop", "forkserver")],
+)
 def test_workers_of_a_loader(name, start):
     """The model was rewired, and trained a step, before they were started."""
     reference, model, x = pair(name)
