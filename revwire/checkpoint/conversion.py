@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire import api, libraries
-from revwire.checkpoint.architecture import build, common_dtype, resolve
+from revwire.checkpoint.architecture import build, check_filled, common_dtype, resolve, warn_filled
 from revwire.checkpoint.folder import stem_of
 from revwire.checkpoint.hub import default_out, is_hub, located
 from revwire.checkpoint.metadata import is_rewired, rewiring_metadata, rewiring_of
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from revwire.checkpoint.reader import Source
     from revwire.libraries import Architecture
+    from revwire.libraries.fit import Fit
     from revwire.measure.report import Report
     from revwire.planning.plan import Plan
     from revwire.run.coupling import Coupling
@@ -68,6 +69,7 @@ class Conversion(Printed):
         source: The checkpoint that was read.
         entry: Its entry that holds the weights (`state_dict_ema`); `""` is the file as a whole.
         architecture: The model the tensors belong to.
+        fit: What of the tensors goes under another name, has no place in the model, or is not there.
         plan: What is rewired.
         report: The verification; None where it was not asked for.
         out: The file written; None where the verification failed, and nothing was.
@@ -79,6 +81,7 @@ class Conversion(Printed):
     source: Path
     entry: str
     architecture: Architecture
+    fit: Fit
     plan: Plan
     report: Report | None
     source_bytes: int
@@ -99,6 +102,7 @@ class Conversion(Printed):
             "source_bytes": self.source_bytes,
             "architecture": self.architecture.spec,
             "model_args": dict(self.architecture.model_args),
+            "fit": self.fit.to_dict(),
             "plan": self.plan.to_dict(),
             "report": self.report.to_dict() if self.report else None,
             "out": str(self.out) if self.out else None,
@@ -127,7 +131,7 @@ class Conversion(Printed):
         wrote = (
             f"wrote {self.out} ({decimal(self.out_bytes)}), for revwire.load" if self.out else "wrote nothing"
         )
-        yield Text(f"{read}\n{wrote}", overflow="fold")
+        yield Text("\n".join([read, *self.fit.in_words(self.architecture.library), wrote]), overflow="fold")
 
 
 def convert(
@@ -179,7 +183,7 @@ def convert(
         check_out(out, file)
     architecture = resolve(source, arch, model_args)
     say(f"building {architecture.spec}")
-    model = _plain(source, architecture)
+    model, fit = _plain(source, architecture)
     if libraries.example_inputs(model, 1) is None:
         raise RewireError(
             f"{path}: what {architecture} is called with is not known; load it with {architecture.library} and call "
@@ -192,12 +196,13 @@ def convert(
         raise RewireError(
             f"{path}: nothing in {architecture} can be rewired ({reasons or 'no residual found'})"
         )
+    check_filled(fit, plan, str(path))
     report = None
     if verify:
         report = run_checks(
             model, coupling=coupling, exact=exact, progress=lambda check: say(f"verifying: {check}")
         )
-    done = Conversion(path, source.entry, architecture, plan, report, source.size)
+    done = Conversion(path, source.entry, architecture, fit, plan, report, source.size)
     if report and not report.ok:
         return done
     say("measuring a training step")
@@ -229,10 +234,12 @@ def load_plain(
     """
     source = read(located(path))
     plan = rewiring_of(source.metadata, source.path) if is_rewired(source.metadata) else None
-    return _plain(source, resolve(source, arch, model_args)), plan
+    model, fit = _plain(source, resolve(source, arch, model_args))
+    warn_filled(fit, source.path)
+    return model, plan
 
 
-def _plain(source: Source, architecture: Architecture) -> nn.Module:
+def _plain(source: Source, architecture: Architecture) -> tuple[nn.Module, Fit]:
     tensors = source.tensors_for(architecture.library)
     dtype = torch.promote_types(common_dtype(tensors), torch.float32)
     return build(architecture, tensors, str(source.path), dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from revwire import api, libraries
-from revwire.checkpoint.architecture import build, check_fit, common_dtype, resolve
+from revwire.checkpoint.architecture import build, check_filled, check_fit, common_dtype, resolve, warn_filled
 from revwire.checkpoint.metadata import rewiring_metadata, rewiring_of
 from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
@@ -47,7 +47,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", fallback: Fall
     plan = rewiring_of(source.metadata, path)
     architecture = resolve(source)
     tensors = source.tensors_for(architecture.library)
-    model = build(architecture, tensors, str(path), common_dtype(tensors))
+    model, fit = build(architecture, tensors, str(path), common_dtype(tensors))
+    check_filled(fit, plan, str(path))
+    warn_filled(fit, path)
     try:
         api.rewire(model, coupling=plan.coupling, exact=plan.exact, plan=plan, fallback=fallback)
     except RewireError as error:

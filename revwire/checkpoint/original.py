@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from revwire.libraries import Architecture
+    from revwire.libraries.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Restored(Printed):
         source: The rewired checkpoint that was read.
         out: The file or folder written.
         architecture: The model its tensors belong to.
+        fit: What of the tensors goes under another name, has no place in the model, or is not there.
         coupling: What the model was rewired with.
         warning: What to know before using it; empty where the original model computes what was trained.
         source_bytes: Size of the file that was read.
@@ -42,6 +44,7 @@ class Restored(Printed):
     source: Path
     out: Path
     architecture: Architecture
+    fit: Fit
     coupling: str
     warning: str
     source_bytes: int
@@ -71,7 +74,7 @@ class Restored(Printed):
 
         yield Text(
             f"read {self.source} ({decimal(self.source_bytes)}), {self.architecture}, rewired by {self.coupling}\n"
-            f"wrote {self.out} ({decimal(self.out_bytes)}), for {self.architecture.recipe(self.out)}",
+            f"wrote {self.out} ({decimal(self.out_bytes)}), for {self.architecture.recipe(self.out, self.fit)}",
             overflow="fold",
         )
         if self.warning:
@@ -117,7 +120,7 @@ def to_original(
     folder = out if companions and out.suffix != ".safetensors" else None
     weights = folder / "model.safetensors" if folder else out
     tensors = source.tensors_for(architecture.library)
-    check_fit(architecture, tensors, str(path))
+    fit = check_fit(architecture, tensors, str(path))
     warning = _warning(plan.coupling, path)
     # whatever refuses has refused by now: a folder is made for what will be in it
     with _folder_for(folder, {weights.name, *companions}):
@@ -126,7 +129,7 @@ def to_original(
         write(weights, tensors, without_rewiring(source.metadata))
         for name, text in companions.items() if folder else ():
             write_text(weights.with_name(name), text)
-    return Restored(path, out, architecture, plan.coupling, warning, source.size, weights.stat().st_size)
+    return Restored(path, out, architecture, fit, plan.coupling, warning, source.size, weights.stat().st_size)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from revwire.libraries.interface import (
     library_of,
     noise,
     register,
+    respelled,
     sized_inputs,
     variants,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "library",
     "library_of",
     "noise",
+    "respelled",
     "sized_inputs",
     "variants",
 ]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from revwire.libraries.comparison import Shapes
+    from revwire.libraries.fit import Fit
 
 TIMM = "timm"  # whose names need no library before them
 NAMES = (TIMM, "torchvision", "transformers")
@@ -97,13 +98,13 @@ class Architecture:
             with torch.random.fork_rng(devices=[]):
                 return self.build().to("meta")
 
-    def misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        """The first few differences between the model and a state dict, in words; empty where it fits.
+    def fit(self, tensors: Mapping[str, Tensor]) -> Fit:
+        """How the library's own loading puts a state dict into the model, and what keeps it from that.
 
         Raises:
             RevwireError: As `build`.
         """
-        return library(self.library).misfit(self, tensors)
+        return library(self.library).fit(self, tensors)
 
     def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
         """The model with the weights of a state dict that fits, on the CPU, in train mode.
@@ -117,9 +118,9 @@ class Architecture:
         """
         return library(self.library).load(self, tensors, dtype)
 
-    def recipe(self, out: Path) -> str:
-        """The call by which the library loads a checkpoint of this model."""
-        return library(self.library).recipe(self, out)
+    def recipe(self, out: Path, fit: Fit) -> str:
+        """The call by which the library loads a checkpoint of this model, whose tensors fit it so."""
+        return library(self.library).recipe(self, out, fit)
 
     def companions(self) -> Mapping[str, str]:
         """The files that the library wants beside the weights, by name: none where a file is enough."""
@@ -141,8 +142,8 @@ class Library(Protocol):
     def create(self, name: str, model_args: Mapping[str, Any]) -> nn.Module:
         """The model with random weights; no network or file is touched."""
 
-    def misfit(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
-        """How a state dict differs from the model, in words."""
+    def fit(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> Fit:
+        """How the library's own loading puts a state dict into the model."""
 
     def load(
         self, architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch.dtype
@@ -161,14 +162,20 @@ class Library(Protocol):
     def tensors_of(self, model: nn.Module) -> Mapping[str, Tensor]:
         """The state dict as the library writes it into files."""
 
-    def recipe(self, architecture: Architecture, out: Path) -> str:
+    def recipe(self, architecture: Architecture, out: Path, fit: Fit) -> str:
         """The call that loads a checkpoint."""
 
     def companions(self, architecture: Architecture) -> Mapping[str, str]:
         """Files that the library wants beside the weights, by name."""
 
-    def from_config(self, config: Mapping[str, Any]) -> Architecture | None:
-        """The model that a `config.json` of this library's form describes; None for others."""
+    def from_config(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture | None:
+        """The model that a `config.json` of this library's form describes, beside these tensors; None for others."""
+
+    def with_config(self, name: str, config: Mapping[str, Any]) -> Architecture | None:
+        """The named model as a `config.json` completes it; None where a name and arguments are enough."""
+
+    def respelled(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """Tensors in a layout of others under the library's names; None where that is not known."""
 
     def from_training(self, checkpoint: Mapping[Any, Any]) -> Architecture | None:
         """The model that a training checkpoint of this library's form names; None for others."""
@@ -225,14 +232,28 @@ def variants(architecture: Architecture) -> Variants:
     return _VARIANTS[architecture.library](architecture.name)
 
 
-def from_config(config: Mapping[str, Any]) -> Architecture | None:
+def from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture | None:
     """The architecture that a `config.json` on the Hugging Face hub describes, whichever library wrote it.
+
+    Args:
+        config: The parsed file.
+        tensors: The state dict beside it.
 
     Raises:
         RevwireError: it is of a library's form, and makes no sense.
     """
-    found = (library(name).from_config(config) for name in NAMES)
+    found = (library(name).from_config(config, tensors) for name in NAMES)
     return next((architecture for architecture in found if architecture is not None), None)
+
+
+def respelled(name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Tensors in a layout of others under the names of a library, without data; None where that is not known.
+
+    Args:
+        name: The library.
+        tensors: The state dict.
+    """
+    return library(name).respelled(tensors)
 
 
 def from_training(checkpoint: Mapping[Any, Any]) -> Architecture | None:

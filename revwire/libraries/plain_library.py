@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from revwire.libraries.comparison import difference
+from revwire.libraries.fit import Fit
 from revwire.libraries.interface import noise
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def shown(model_args: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(model_args)
 
 
-def misfit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
-    """The first few differences between an architecture and a state dict, in words; empty where it fits strictly.
+def fit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Fit:
+    """Whether a state dict fits an architecture strictly, as its library loads it; the first few faults in words.
 
     The architecture is built on the meta device: a wrong one costs no memory, however large.
 
@@ -31,7 +32,7 @@ def misfit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> str:
         architecture: What the tensors should fit.
         tensors: The state dict.
     """
-    return difference(architecture.outline(), tensors)
+    return Fit(faults=difference(architecture.outline(), tensors))
 
 
 def load(architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -50,7 +51,7 @@ def load(architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch
     with torch.random.fork_rng(devices=[]):
         model = architecture.build()
     model.to(dtype)
-    model.load_state_dict(tensors, strict=False)  # strictness, and its exceptions, are misfit's
+    model.load_state_dict(tensors, strict=False)  # strictness, and its exceptions, are fit's
     return model
 
 
@@ -71,9 +72,21 @@ def companions(architecture: Architecture) -> Mapping[str, str]:
     return {}
 
 
-def from_config(config: Mapping[str, Any]) -> Architecture | None:
+def from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture | None:
     """The model that a `config.json` describes: none, as this library writes no such file."""
-    del config
+    del config, tensors
+    return None
+
+
+def respelled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Tensors in a layout of others under this library's names: none is known."""
+    del tensors
+    return None
+
+
+def with_config(name: str, config: Mapping[str, Any]) -> Architecture | None:
+    """The named model as a `config.json` completes it: None, as a name and arguments are enough."""
+    del name, config
     return None
 
 

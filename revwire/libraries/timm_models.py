@@ -16,7 +16,8 @@ import torch
 from revwire.errors import RevwireError
 from revwire.libraries.comparison import differences
 from revwire.libraries.interface import Architecture, noise
-from revwire.libraries.plain_library import companions, load, misfit, shown, sized_inputs, tensors_of
+from revwire.libraries.plain_library import companions, shown, sized_inputs, tensors_of, with_config
+from revwire.libraries.timm_layouts import fit, load, respelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,21 +25,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from revwire.libraries.fit import Fit
+
 __all__ = [
     "companions",
     "create",
     "describe",
     "example_inputs",
     "exists",
+    "fit",
     "from_config",
     "from_training",
     "load",
-    "misfit",
     "recipe",
+    "respelled",
     "shown",
     "sized_inputs",
     "tensors_of",
     "unknown_name",
+    "with_config",
 ]
 
 # Arguments of timm.create_model that download, open a file or place the model: not a checkpoint's to set.
@@ -72,10 +77,21 @@ def example_inputs(model: nn.Module, batch: int = 2) -> Tensor | None:
     return noise(model, (channels(model), *height_width), batch)
 
 
-def recipe(architecture: Architecture, out: Path) -> str:
-    """The call by which timm loads a checkpoint of the model."""
+def recipe(architecture: Architecture, out: Path, fit: Fit) -> str:
+    """The call by which timm loads a checkpoint of the model: of other layouts, the one that runs its filter."""
     arguments = "".join(f", {key}={value!r}" for key, value in architecture.model_args.items())
-    return f"timm.create_model({architecture.name!r}{arguments}, checkpoint_path={out.name!r})"
+    called = f"timm.create_model({architecture.name!r}{arguments}"
+    if fit.renamed:
+        classes = architecture.model_args.get("num_classes")
+        own = {
+            "file": out.name,
+            "custom_load": False,
+            **({} if classes is None else {"num_classes": classes}),
+        }
+        return f"{called}, pretrained=True, pretrained_cfg_overlay={own!r})"
+    if fit.carried:
+        return f"{called}).load_state_dict(safetensors.torch.load_file({out.name!r}), strict=False)"
+    return f"{called}, checkpoint_path={out.name!r})"
 
 
 def exists(name: str) -> bool:
@@ -131,7 +147,7 @@ def create(name: str, model_args: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def from_config(config: Mapping[str, Any]) -> Architecture | None:
+def from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture | None:
     """The architecture that a `config.json` in the layout of timm's models on the Hugging Face hub describes.
 
     As timm does, classes and input size of the pretrained weights are read beside `model_args`; they become
@@ -139,6 +155,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture | None:
 
     Args:
         config: The parsed file.
+        tensors: The state dict beside it, which is not looked at.
 
     Returns:
         The architecture, of a name that timm need not know; None where the config is another library's.
@@ -146,6 +163,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture | None:
     Raises:
         RevwireError: An entry has the wrong type.
     """
+    del tensors
     name = config.get("architecture")
     if not isinstance(name, str):
         return None

@@ -17,13 +17,15 @@ from revwire.libraries.comparison import counted, differences, shapes_of
 from revwire.libraries.interface import Architecture, noise
 from revwire.libraries.plain_library import (
     companions,
+    fit,
     from_config,
     from_training,
     load,
-    misfit,
+    respelled,
     shown,
     sized_inputs,
     tensors_of,
+    with_config,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from revwire.libraries.comparison import Shapes
+    from revwire.libraries.fit import Fit
 
 __all__ = [
     "companions",
@@ -40,15 +43,17 @@ __all__ = [
     "describe",
     "example_inputs",
     "exists",
+    "fit",
     "from_config",
     "from_training",
     "load",
-    "misfit",
     "recipe",
+    "respelled",
     "shown",
     "sized_inputs",
     "tensors_of",
     "unknown_name",
+    "with_config",
 ]
 
 _LIBRARY = "torchvision"
@@ -158,12 +163,12 @@ def _size(model: nn.Module, kind: str, *, video: bool) -> tuple[int, ...]:
     return (_FRAMES, side, side) if video else (side, side)
 
 
-def recipe(architecture: Architecture, out: Path) -> str:
+def recipe(architecture: Architecture, out: Path, fit: Fit) -> str:
     """The call by which torchvision's model takes a checkpoint."""
     arguments = "".join(f", {key}={value!r}" for key, value in architecture.model_args.items())
     return (
         f"torchvision.models.get_model({architecture.name!r}{arguments}).load_state_dict("
-        f"safetensors.torch.load_file({out.name!r}))"
+        f"safetensors.torch.load_file({out.name!r}){', strict=False' if fit.carried else ''})"
     )
 
 

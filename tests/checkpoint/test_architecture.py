@@ -48,7 +48,11 @@ def test_the_metadata_goes_before_the_config(weights):
     ("config", "words"),
     [
         (None, "neither its metadata nor a config.json"),
-        ('{"architectures": ["ViTForImageClassification"]}', "neither its metadata nor a config.json"),
+        (
+            '{"architectures": ["ViTForImageClassification"]}',
+            "does not fit transformers/ViTForImageClassification",
+        ),
+        ('{"vocab_size": 9}', "neither its metadata nor a config.json"),
         ('{"architecture": "vit_tny_patch16_224"}', "did you mean vit_tiny_patch16_224"),
         ('{"architecture": "resnet18", "model_args": 3}', "must be JSON objects"),
         ("not json", "config.json is not JSON"),

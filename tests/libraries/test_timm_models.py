@@ -192,13 +192,13 @@ def test_from_config_takes_what_differs_from_the_named_model():
         "pretrained_cfg": {"num_classes": 1000, "input_size": [1, 32, 32], "fixed_input_size": True},
     }
     args = {"num_classes": 10, "in_chans": 1, "img_size": [32, 32], "depth": 2}
-    assert timm_models.from_config(config) == Architecture("vit_tiny_patch16_224", args)
+    assert timm_models.from_config(config, {}) == Architecture("vit_tiny_patch16_224", args)
 
 
 def test_from_config_of_the_old_layout():
     config = {"architecture": "resnet18", "num_classes": 1000, "input_size": [3, 224, 224]}
-    assert timm_models.from_config(config) == Architecture("resnet18", {})
+    assert timm_models.from_config(config, {}) == Architecture("resnet18", {})
 
 
 def test_from_config_of_another_library():
-    assert timm_models.from_config({"architectures": ["ViTForImageClassification"]}) is None
+    assert timm_models.from_config({"architectures": ["ViTForImageClassification"]}, {}) is None

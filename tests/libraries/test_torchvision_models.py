@@ -97,7 +97,7 @@ def test_there_and_back(saved):
     again.load_state_dict(load_file(back.out))
     assert torch.equal(again.eval()(images), model(images))
     assert "torchvision.models.get_model('regnet_x_400mf', num_classes=3)" in back.architecture.recipe(
-        back.out
+        back.out, back.fit
     )
 
 
