@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # a scheduler's, a closed terminal's; Ctrl-C is Python's own KeyboardInterrupt
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_S = 0.02
+# called by torch's dispatcher, which is C++
+_OF_DISPATCHER = tuple(f"torch{os.sep}{package}{os.sep}" for package in ("_library", "_subclasses"))
 _LATEST_S = 2.0
 """After which a signal ends what it finds."""
 
@@ -71,7 +74,8 @@ def ended_in_order() -> Iterator[None]:
 def _called_by_torch(frame: FrameType | None) -> bool:
     """Whether code that is running was called out of torch's dispatcher, parts of which let no exception through."""
     while frame is not None:
-        if frame.f_code.co_name == "__torch_dispatch__":
+        code = frame.f_code
+        if code.co_name == "__torch_dispatch__" or any(part in code.co_filename for part in _OF_DISPATCHER):
             return True
         frame = frame.f_back
     return False

@@ -29,9 +29,6 @@ _values_of = methodcaller("values")
 class Part(dict[Any, Any]):
     """The one entry of a container that a branch reads."""
 
-    def __init__(self, container: dict[Any, Any], key: Any) -> None:
-        super().__init__({key: container[key]})
-
 
 def is_plain_object(value: object) -> bool:
     """Whether a value is data with attributes, and no part of Python's or torch's own machinery."""

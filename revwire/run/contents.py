@@ -191,15 +191,13 @@ class Contents:
     def _note_own(self, owner: nn.Module, key: str) -> None:
         for container in (owner._parameters, owner._buffers, owner.__dict__):
             if key in container and id(container) not in self._seen:
-                content = Part(container, key)
-                self._noted.append((container, content))
                 value = container[key]
-                if isinstance(value, Tensor):
-                    content[key] = self._plain(value)
-                    if value.grad_fn is None:
-                        copied = container is not owner._parameters
-                        self.lasts &= container is not owner.__dict__
-                        self._tensor(value, type(owner), key, copied=copied).places.append((content, key))
+                content = Part({key: self._plain(value) if isinstance(value, Tensor) else value})
+                self._noted.append((container, content))
+                if isinstance(value, Tensor) and value.grad_fn is None:
+                    copied = container is not owner._parameters
+                    self.lasts &= container is not owner.__dict__
+                    self._tensor(value, type(owner), key, copied=copied).places.append((content, key))
 
     def _content(self, container: Any, content: Any) -> None:
         self._seen.add(id(container))

@@ -63,6 +63,20 @@ def dispatched():
     time.sleep(20)
     print("lost")
 
+inside = {}
+
+def looked_up(mode):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(0.3)
+    print("not inside")
+
+def library():
+    place = os.sep.join(["packages", "torch", "_library", "rules.py"])
+    exec(compile("def rule(act): act(None)", place, "exec"), inside)
+    inside["rule"](looked_up)
+    time.sleep(20)
+    print("lost")
+
 def stuck():
     DeafMode().__torch_dispatch__()
 
@@ -97,7 +111,12 @@ def test_a_signal_in_a_finalizer_is_not_lost(name):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 @pytest.mark.parametrize(
     ("place", "told"),
-    [("masked", "unwound\n"), ("dispatched", "not inside\nunwound\n"), ("stuck", "unwound\n")],
+    [
+        ("masked", "unwound\n"),
+        ("dispatched", "not inside\nunwound\n"),
+        ("library", "not inside\nunwound\n"),
+        ("stuck", "unwound\n"),
+    ],
 )
 def test_a_signal_ends_the_command_wherever_it_comes(name, place, told):
     done = python("-c", ELSEWHERE, name, place, timeout=60)

@@ -6,15 +6,16 @@ from torch import nn
 
 import revwire
 from revwire import ReplayError
+from revwire.measure.live_bytes import LiveBytes
 from tests.helpers.nets import WIDTH, Residual, assert_same, gradients, loss, x_of
 from tests.helpers.steps import kept
 
 DEPTH = 4
 
 
-def chain(**options):
+def chain(depth=DEPTH, **options):
     torch.manual_seed(0)
-    net = nn.Sequential(*(Residual(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(DEPTH))).double()
+    net = nn.Sequential(*(Residual(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth))).double()
     return revwire.rewire(net, x_of(4, WIDTH), **options)
 
 
@@ -56,3 +57,17 @@ def test_a_saved_tensor_that_somebody_looks_at_is_checked():
     weight.data = weight + 0.3
     with pytest.raises(ReplayError, match=r"3#0: .*other numbers than in forward"):
         held._saved_mat1  # noqa: B018
+
+
+def test_what_is_reconstructed_is_let_go_as_backward_goes():
+    """When the first step's gradients are made, no more is there for every step above."""
+    x, at_first = x_of(2000, WIDTH), []
+    for depth in (3, 9):
+        model = chain(depth)
+        loss(model(x)).backward()
+        with LiveBytes() as meter:
+            value = loss(model(x))
+            model[0].body[0].weight.register_hook(lambda _, meter=meter: at_first.append(meter.live))
+            value.backward()
+    shallow, deep = at_first
+    assert deep - shallow < x.nbytes

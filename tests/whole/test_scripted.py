@@ -66,6 +66,31 @@ def test_a_scripted_child_has_the_gradients_of_the_one_that_was_scripted(when, t
         assert_same(*found)
 
 
+class Counted(nn.Module):
+    """Reads a buffer that it moves, which a norm in training does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        self.count.add_(1.0)
+        return torch.tanh(self.linear(x)) * self.count.clone()
+
+
+def test_a_scripted_childs_own_buffer_is_what_it_was_in_the_second_run():
+    x, found = torch.randn(9, WIDTH, dtype=torch.float64), []
+    for keep in ("*", None):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Residual(Counted()) for _ in range(DEPTH))).double()
+        model = revwire.rewire(model if keep else scripted(model), x, keep=keep)
+        for _ in range(2):
+            (model(x) + model(2 * x)).square().sum().backward()
+        found.append([*gradients(model), *model.buffers()])
+    assert_same(*found)
+
+
 def test_it_holds_nothing_for_backward():
     x = torch.randn(200, WIDTH)
     model = revwire.rewire(scripted(net().float()), x)
