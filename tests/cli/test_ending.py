@@ -9,6 +9,14 @@ from tests.helpers.programs import python
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
 
+# as a terminal starts a program: what runs the tests, a background job of a shell, may ignore some
+FRESH = """
+import signal
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
 # the signal comes while a finalizer runs, which drops what a handler raises
 IN_A_FINALIZER = """
 import gc, os, signal, sys, time
@@ -102,7 +110,7 @@ print("went on")
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_in_a_finalizer_is_not_lost(name):
-    done = python("-c", IN_A_FINALIZER, name, timeout=60)
+    done = python("-c", FRESH + IN_A_FINALIZER, name, timeout=60)
     assert done.stdout == "unwound True True\n", done.stderr
     wanted = {"SIGTERM": 128 + signal.SIGTERM, "SIGHUP": 128 + signal.SIGHUP, "SIGINT": -signal.SIGINT}
     assert done.returncode == wanted[name]
@@ -119,7 +127,7 @@ def test_a_signal_in_a_finalizer_is_not_lost(name):
     ],
 )
 def test_a_signal_ends_the_command_wherever_it_comes(name, place, told):
-    done = python("-c", ELSEWHERE, name, place, timeout=60)
+    done = python("-c", FRESH + ELSEWHERE, name, place, timeout=60)
     assert done.stdout == told, done.stderr
     wanted = {"SIGTERM": 128 + signal.SIGTERM, "SIGHUP": 128 + signal.SIGHUP, "SIGINT": -signal.SIGINT}
     assert done.returncode == wanted[name]
