@@ -88,10 +88,11 @@ def beside(folder, wheel):
     """The Python of a new venv that holds the wheel, and takes all else from where this runs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     own = folder / "bin" / "python"
-    (packages,) = Path(folder, "lib").glob("python*/site-packages")
-    (packages / "beside.pth").write_text(f"{Path(typer.__file__).parents[1]}\n", encoding="utf-8")
     call = ["-m", "pip", "--python", str(own), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([sys.executable, *call], check=True)
+    # only now: what is beside has the package too, and pip would leave it at that
+    (packages,) = Path(folder, "lib").glob("python*/site-packages")
+    (packages / "beside.pth").write_text(f"{Path(typer.__file__).parents[1]}\n", encoding="utf-8")
     return own
 
 
