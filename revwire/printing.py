@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RevwireError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Printed:
@@ -32,6 +35,12 @@ def in_words(size: float) -> str:
     if size >= 2**30:
         return f"{size / 2**30:.2f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """At most so many names, and how many there are beside them: `a, b and 3 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

@@ -19,6 +19,7 @@ from revwire.checkpoint.limits import JSON_CHARACTERS, built_within, check_argum
 from revwire.checkpoint.metadata import parse_json
 from revwire.errors import CheckpointError, RevwireError
 from revwire.libraries import INDEXED, Architecture, from_config, library, respelled
+from revwire.printing import first_few
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from revwire.libraries.fit import Fit
     from revwire.planning.plan import Plan
 
-_NAMED = 5  # how many near architectures a message names
+_NAMED = 5  # how many near architectures, or parameters, a message names
 # What peft and others call the tensors of an adapter.
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|ia3_l|hada_w\w+|oft_[rs]|boft_[rs])(\.|$)")
 
@@ -167,10 +168,9 @@ def _unlike(source: Source) -> str:
     names = near(source.tensors)
     if not names:
         return f"its tensors are not those of any of the architectures known by them ({known})"
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
         f"of the architectures known by their tensors ({known}) none has tensors of these shapes; the names are "
-        f"those of {', '.join(names[:_NAMED])}{rest}"
+        f"those of {first_few(names, _NAMED)}"
     )
 
 
@@ -255,17 +255,15 @@ def check_filled(fit: Fit, plan: Plan, what: str) -> None:
     if found := [f"{name} ({shape})" for name, shape in fit.filled.items() if name.startswith(inside)]:
         raise CheckpointError(
             f"{what} lacks parameters of what would be rewired, and its library would fill them with random numbers: "
-            f"{', '.join(found[:_NAMED])}{f' and {len(found) - _NAMED} more' if len(found) > _NAMED else ''}"
+            f"{first_few(found, _NAMED)}"
         )
 
 
 def warn_filled(fit: Fit, path: Path) -> None:
     """Say which parameters of a model that was loaded are random numbers, not the file's."""
     if fit.filled:
-        names = list(fit.filled)
-        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         warnings.warn(
-            f"{path} does not have {', '.join(names[:_NAMED])}{rest}: they start from random numbers, train them",
+            f"{path} does not have {first_few(list(fit.filled), _NAMED)}: they start from random numbers, train them",
             stacklevel=3,
         )
 

@@ -15,6 +15,7 @@ from revwire.checkpoint.same_function import same_operations
 from revwire.errors import RevwireError
 from revwire.libraries import INDEXED, Architecture, variants
 from revwire.libraries.comparison import difference, settings
+from revwire.printing import first_few
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,8 +54,7 @@ class Found:
             str(group[0]) + (f" (= {', '.join(each.spec for each in group[1:])})" if group[1:] else "")
             for group in self.choices
         ]
-        rest = f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else ""
-        return ", ".join(groups[:_LISTED]) + rest
+        return first_few(groups, _LISTED)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def ended_in_order() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            for ending, _ in raised.values():
-                raise ending from error
+            if raised:
+                raise next(iter(raised.values()))[0] from error
             raise
 
 

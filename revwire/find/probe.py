@@ -64,11 +64,6 @@ class Probe:
     origins: Origins
     training: Training
 
-    @property
-    def joined(self) -> set[Identity]:
-        """The tensors that were cut in pieces and are joined again."""
-        return self.origins.joined
-
     @cached_property
     def blocks(self) -> tuple[Residual, ...]:
         """Children of `nn.Sequential`s that can be steps of a coupling with b != 0, in running order."""

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from revwire.printing import first_few
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -60,22 +62,24 @@ def difference(outline: nn.Module, tensors: Mapping[str, Tensor]) -> str:
 def faults(missing: Iterable[str], unknown: Iterable[str], other: Iterable[str]) -> str:
     """Tensors that are missing, not known, and of another shape, in words; the first few, the rest counted."""
     kinds = {"missing": missing, "not in the architecture": unknown, "of another shape": other}
-    return "; ".join(f"{kind}: {_first(names)}" for kind, each in kinds.items() if (names := list(each)))
+    return "; ".join(
+        f"{kind}: {first_few(names, _NAMED)}" for kind, each in kinds.items() if (names := list(each))
+    )
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """`1x197x48`."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def shape_of(tensor: Tensor) -> str:
     """`1x197x48`; the dtype too where it is not the usual floating one."""
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    shape = sizes(tensor.shape)
     return shape if tensor.is_floating_point() else f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, bool, bool]:
     return tensor.shape, tensor.is_floating_point(), tensor.is_complex()
-
-
-def _first(names: list[str]) -> str:
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest
 
 
 def differences(model: nn.Module, outline: nn.Module, *, settings: bool = False) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from revwire.printing import first_few
 from revwire.pytree import tree_leaves
 
 if TYPE_CHECKING:
@@ -47,18 +48,14 @@ class Fit:
         """One line for each kind of exception, with the first few names."""
         if self.carried:
             names = [f"{name} ({shape})" for name, shape in self.carried.items()]
-            yield f"carried along, with no place in the model: {_first(names)}"
+            yield f"carried along, with no place in the model: {first_few(names, _LISTED)}"
         if self.filled:
             names = [f"{name} ({shape})" for name, shape in self.filled.items()]
-            yield f"NOT in the file, each load starts them anew as {library} does, at random: {_first(names)}"
+            start = f"NOT in the file, each load starts them anew as {library} does, at random"
+            yield f"{start}: {first_few(names, _LISTED)}"
         if self.renamed:
             names = [f"{new} is {old}" for new, old in self.renamed.items()]
-            yield f"under another name: {_first(names)}"
-
-
-def _first(names: list[str]) -> str:
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
+            yield f"under another name: {first_few(names, _LISTED)}"
 
 
 class Origins(TorchFunctionMode):

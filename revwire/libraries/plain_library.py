@@ -48,9 +48,17 @@ def load(architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch
     Returns:
         The model on the CPU, in train mode.
     """
+    return filled(built(architecture, dtype), tensors)
+
+
+def built(architecture: Architecture, dtype: torch.dtype) -> nn.Module:
+    """The model before any weights, in that dtype; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        model = architecture.build()
-    model.to(dtype)
+        return architecture.build().to(dtype)
+
+
+def filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The model with the weights of a state dict that fits it."""
     model.load_state_dict(tensors, strict=False)  # strictness, and its exceptions, are fit's
     return model
 

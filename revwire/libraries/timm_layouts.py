@@ -17,7 +17,7 @@ from torch import Tensor
 from revwire.errors import RevwireError
 from revwire.libraries.comparison import difference, shape_of
 from revwire.libraries.fit import Fit, Origins
-from revwire.libraries.plain_library import load as load_plain
+from revwire.libraries.plain_library import built, filled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,20 +61,11 @@ def fit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Fit:
 
 
 def load(architecture: Architecture, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """The model with the weights of a state dict that fits.
-
-    Args:
-        architecture: What to build.
-        tensors: The state dict.
-        dtype: What the model computes in.
-
-    Returns:
-        The model on the CPU, in train mode.
-    """
-    outline = architecture.outline()
-    if difference(outline, tensors):
-        tensors, _ = _filtered(architecture, outline, tensors, on_meta=False)
-    return load_plain(architecture, tensors, dtype)
+    """As `plain_library.load`, through timm's filter function where the names are not its own."""
+    model = built(architecture, dtype)
+    if difference(model, tensors):
+        tensors, _ = _filtered(architecture, model, tensors, on_meta=False)
+    return filled(model, tensors)
 
 
 def respelled(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
@@ -115,7 +106,7 @@ def _told(old: list[str], tensors: Mapping[str, Tensor], new: Tensor) -> str:
 
 
 def _filtered(
-    architecture: Architecture, outline: nn.Module, tensors: Mapping[str, Tensor], *, on_meta: bool
+    architecture: Architecture, model: nn.Module, tensors: Mapping[str, Tensor], *, on_meta: bool
 ) -> tuple[dict[str, Tensor], Origins]:
     """The tensors as the filter function of the family leaves them, and what each was made from."""
     if (own := _filter_of(architecture)) is None:
@@ -127,7 +118,7 @@ def _filtered(
     origins = Origins(given)
     try:
         with torch.no_grad(), origins:
-            found = own(dict(given), outline)
+            found = own(dict(given), model)
     except Exception as error:  # it is made for checkpoints that are what they seem
         raise RevwireError(
             f"timm's filter for {architecture.name} fails: {type(error).__name__}: {error}"
@@ -139,18 +130,16 @@ def _filtered(
 
 def _filter_of(architecture: Architecture) -> Callable[..., Any] | None:
     """The filter function with which timm would load pretrained weights into the model."""
+    import timm
     from timm.models import _builder
 
     thread, found = threading.get_ident(), list[Any]()
-    original = _builder.load_pretrained
 
     def noted(*args: Any, **options: Any) -> Any:
         if threading.get_ident() != thread:
             return original(*args, **options)
         found.append(options.get("filter_fn"))
         return None
-
-    import timm
 
     with _BUILDING:
         original = _builder.load_pretrained

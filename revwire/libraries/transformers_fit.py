@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from revwire.libraries.comparison import faults, shape_of
+from revwire.libraries.comparison import faults, shape_of, sizes
 from revwire.libraries.fit import Fit
 from revwire.libraries.transformers_config import alone, check_counts, parts, unbuildable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from revwire.libraries.interface import Architecture
 
@@ -74,7 +74,7 @@ def fit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Fit:
         if name in state and name not in constants
     }
     other = {
-        name: f"found {_size(found)}, wanted {_size(size)}" for name, found, size in info["mismatched_keys"]
+        name: f"found {sizes(found)}, wanted {sizes(size)}" for name, found, size in info["mismatched_keys"]
     }
     other.update(
         (name, f"found {shape_of(tensor)}, wanted {shape_of(state[name])}")
@@ -177,7 +177,3 @@ def _pretrained(
         except Exception as error:
             raise unbuildable(architecture.name, error) from error
     return model, info
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"

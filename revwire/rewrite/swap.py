@@ -61,9 +61,11 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
         known = own.get(step.residual)
         own[step.residual] = step if known is None else replace(step, mode=known.mode)
     # a step that a shared module runs in the middle of a chain too takes, and hands on, both streams
-    begins = _always(chosen, {id(chain.steps[0]) for chain in chosen.chains})
-    ends = _always(chosen, {id(chain.steps[-1]) for chain in chosen.chains if not chain.open})
-    cuts = _cut(chosen, found)
+    places = {
+        "begins": _always(chosen, {id(chain.steps[0]) for chain in chosen.chains}),
+        "ends": _always(chosen, {id(chain.steps[-1]) for chain in chosen.chains if not chain.open}),
+        "cuts": _cut(chosen, found),
+    }
     frames = {f.path: f for f in reversed(found.frames) if f.graph is not None}
     programs: dict[str, Program | Recomputed] = {p: Recomputed(p, options) for p in chosen.recomputed}
     for path, steps in wanted.items():
@@ -72,16 +74,17 @@ def apply_plan(model: nn.Module, chosen: Plan, found: Probe, options: Options) -
                 f"{path or '(model)'}: its forward was replaced on the object itself, which hides its class's; "
                 "rewire before whatever replaced it, or exclude the module"
             )
+        here = {place: frozenset(i for i in steps if (path, i) in each) for place, each in places.items()}
         try:
             joined = tuple(run for run in chosen.joined if run.module == path)
             programs[path] = Program(
                 frames[path],
                 steps,
-                frozenset(i for i in steps if (path, i) in ends),
+                here["ends"],
                 options,
                 joined,
-                begins=frozenset(i for i in steps if (path, i) in begins),
-                cuts=frozenset(i for i in steps if (path, i) in cuts),
+                begins=here["begins"],
+                cuts=here["cuts"],
                 trained=found.training.variants(path),
             )
         except TraceFailure as failure:
@@ -107,7 +110,7 @@ def _cut(chosen: Plan, found: Probe) -> set[tuple[str, int]]:
         for chain in chosen.chains
         for before, after in pairwise(chain.steps)
         if (residual := found.residual(after)) is not None
-        and not found.joined.isdisjoint(sources(residual.entering, found.origins))
+        and not found.origins.joined.isdisjoint(sources(residual.entering, found.origins))
     }
 
 

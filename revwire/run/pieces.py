@@ -15,19 +15,15 @@ from torch import Tensor
 
 from revwire._torch import register_pytree_node
 from revwire.pytree import tree_leaves
+from revwire.run.rearrange import functions
 from revwire.run.travelling import Travelling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 
-def _named(names: str) -> frozenset[Callable[..., Any]]:
-    owners = (torch, Tensor)
-    return frozenset(f for name in names.split() for o in owners if (f := getattr(o, name, None)) is not None)
-
-
-_CUTTING = _named("narrow split split_with_sizes chunk tensor_split __getitem__")
-_JOINING = _named("cat concat concatenate")
+_CUTTING = functions("narrow split split_with_sizes chunk tensor_split __getitem__")
+_JOINING = functions("cat concat concatenate")
 
 
 @dataclass(frozen=True)

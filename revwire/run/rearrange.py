@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-def _functions(names: str) -> frozenset[Callable[..., Any]]:
+def functions(names: str) -> frozenset[Callable[..., Any]]:
+    """What torch and its tensors call by these names, of which either may have only some."""
     owners = (torch, Tensor)
     return frozenset(f for name in names.split() for o in owners if (f := getattr(o, name, None)) is not None)
 
 
-_PERMUTING = _functions("permute transpose t swapaxes swapdims movedim moveaxis adjoint")
-_RESHAPING = _functions("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
-_KEEPING = _functions("contiguous")
+_PERMUTING = functions("permute transpose t swapaxes swapdims movedim moveaxis adjoint")
+_RESHAPING = functions("reshape view view_as reshape_as flatten unflatten squeeze unsqueeze ravel")
+_KEEPING = functions("contiguous")
 
 
 def is_rearrangement(

@@ -262,7 +262,6 @@ class Streams(Whole):
         Raises:
             RewireError: it would be silently wrong on that.
         """
-        self.check_usable()
         if function in _OF_ONE_GRADIENT and not self.left:
             raise RewireError(
                 f"{function.__name__} on the trunk between two rewired blocks: the gradient there belongs to two "
@@ -280,9 +279,6 @@ class Streams(Whole):
 
     def __repr__(self) -> str:
         return f"Streams({tuple(self.shape)}, {self.dtype}, {self.coupling.name}; .tensor() is the merged tensor)"
-
-    def __len__(self) -> int:
-        return len(self.current)
 
 
 def _function_running() -> str:

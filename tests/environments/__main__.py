@@ -6,6 +6,7 @@ folder every command is run there, and `use.py`.
 
 import email
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from rich.console import Console
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import package
+from tests.helpers.programs import ROOT
+
 EXTRAS = {"transformers": "transformers", "torchvision": "tal"}
 """Libraries that revwire knows and does not require, and the extra that declares how old each may be."""
 MODEL = "vit_tiny_patch16_224"
@@ -43,15 +46,26 @@ OF_EXTRAS = {
 }
 
 
+def run(call, **options):
+    """Run a program that finds nothing of this checkout, not through PYTHONPATH either."""
+    outside = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+    return subprocess.run(call, check=False, capture_output=True, text=True, env=outside, **options)
+
+
+def done(*call):
+    """What a program writes, which must succeed."""
+    ended = run(call)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(map(str, call))}: {ended.stderr}")
+    return ended.stdout.strip()
+
+
 def built(folder):
     """The wheel, from a copy of what it is made of."""
     shutil.copytree(ROOT / "revwire", folder / "revwire", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    call = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", call], cwd=folder, check=True, capture_output=True)
-    (wheel,) = (folder / "dist").glob("*.whl")
-    return wheel
+    return package.built("wheel", folder)
 
 
 def declared(wheel):
@@ -77,19 +91,19 @@ def lowest(requirement):
 
 def installed(folder, python, wheel, requirements):
     """The Python of a new venv that holds these."""
-    subprocess.run([python, "-m", "venv", folder], check=True)
+    done(python, "-m", "venv", folder)
     own = folder / "bin" / "python"
     wanted = [f"revwire @ {wheel.as_uri()}", *map(str, requirements)]
-    subprocess.run([own, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    done(own, "-m", "pip", "install", "--quiet", *wanted)
     return own
 
 
 def beside(folder, wheel):
     """The Python of a new venv that holds the wheel, and takes all else from where this runs."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    done(sys.executable, "-m", "venv", "--without-pip", folder)
     own = folder / "bin" / "python"
-    call = ["-m", "pip", "--python", str(own), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, *call], check=True)
+    pip = (sys.executable, "-m", "pip", "--python", own)
+    done(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
     # only now: what is beside has the package too, and pip would leave it at that
     (packages,) = Path(folder, "lib").glob("python*/site-packages")
     (packages / "beside.pth").write_text(f"{Path(typer.__file__).parents[1]}\n", encoding="utf-8")
@@ -104,9 +118,9 @@ def used(python, folder):
     calls = [(str(python), script, *EXTRAS), *((revwire, *call) for call in (*COMMANDS, *of_extras))]
     failed = {}
     for call in calls:
-        done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            failed[" ".join([Path(call[0]).name, *call[1:]])] = (done.stderr or done.stdout).strip()[-1500:]
+        ended = run(call, cwd=folder)
+        if ended.returncode:
+            failed[" ".join([Path(call[0]).name, *call[1:]])] = (ended.stderr or ended.stdout).strip()[-1500:]
     return failed
 
 
@@ -116,9 +130,7 @@ def versions(python, names):
         "import platform, sys; from importlib.metadata import version; "
         "print(platform.python_version(), *(f'{name} {version(name)}' for name in sys.argv[1:]), sep=', ')"
     )
-    return subprocess.run(
-        [python, "-c", ask, *names], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return done(python, "-c", ask, *names)
 
 
 def tried(kind, interpreter, wheel, home):

@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 
 from examples.re2tal import train
 from revwire.cli.app import main as revwire_command
-from revwire.errors import CheckpointError
 from tests.re2tal import tiny
 
 LIMIT_S = 5
@@ -65,7 +64,7 @@ class Conversion:
     """`revwire convert`, to a place where an older file lies or not."""
 
     def __init__(self, folder):
-        self.source, self.whole = folder / "model.safetensors", folder / "whole"
+        self.source = folder / "model.safetensors"
         save_file(timm.create_model(MODEL, num_classes=10).state_dict(), self.source)
         architecture = ("--arch", MODEL, "--model-args", '{"num_classes": 10}')
         self.arguments = ["convert", self.source, *architecture, "--no-verify"]
@@ -105,10 +104,10 @@ class Training:
 
     def __init__(self, folder):
         self.data = tiny.data(folder / "data")
-        self.whole = folder / "run"
-        ended(run_of(folder / "told", *self._command(self.whole)), 600)
-        self.left = set(self._files(self.whole))
-        self.figures = json.loads((self.whole / "results.json").read_text())
+        whole = folder / "run"
+        ended(run_of(folder / "told", *self._command(whole)), 600)
+        self.left = set(self._files(whole))
+        self.figures = json.loads((whole / "results.json").read_text())
 
     def _files(self, output):
         """Each by a name without the numbers of steps and times."""
@@ -189,7 +188,7 @@ def main(
             place.mkdir()
             process = run_of(place.with_name("told"), *job.prepare(place, own))
             if (usual := ended(process, 600)) is None or process.exitcode:
-                raise CheckpointError(f"{kind.__name__} does not work by itself: {process.exitcode}")
+                raise SystemExit(f"{kind.__name__} does not work by itself: {process.exitcode}")
             shutil.rmtree(place)
             jobs.append((job, place, usual))
         for number, (job, place, usual) in zip(

@@ -9,7 +9,8 @@ import zipfile
 
 import pytest
 
-from tests.helpers.programs import ROOT, python
+from tests.helpers import package
+from tests.helpers.programs import ROOT
 
 TRACKED = ("revwire", "tests", "benchmarks", "examples", "docs")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.partial.jsonl", "*.revwire.safetensors")
@@ -17,20 +18,14 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.partial.jsonl"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Both files, built from a copy by the build backend alone: nothing is downloaded."""
+    """Both files."""
     folder = tmp_path_factory.mktemp("package")
     for name in TRACKED:
         shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, folder)
-    for kind in ("wheel", "sdist"):
-        call = f"from setuptools import build_meta; build_meta.build_{kind}('dist')"
-        done = python("-c", call, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        assert "Deprecat" not in done.stderr
-    (wheel,), (sdist,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
-    return wheel, sdist
+    return package.built("wheel", folder), package.built("sdist", folder)
 
 
 def sources(folder):

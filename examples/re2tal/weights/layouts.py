@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from examples.re2tal.errors import Re2TALError
+from revwire.printing import first_few
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,7 @@ def fitted(found: Found, wanted: Mapping[str, Tensor], what: str) -> dict[str, T
         for name, tensor in found.stored.tensors.items()
         if name not in known and not name.startswith(tuple(found.layout.others))
     ]
-    if told := "; ".join(f"{kind}: {_listed(names)}" for kind, names in misfits.items() if names):
+    if told := "; ".join(f"{kind}: {first_few(names, _TOLD)}" for kind, names in misfits.items() if names):
         raise Re2TALError(
             f"{found.stored.path} ({found.layout.name}) does not fit {what}; {told}; python -m examples.re2tal.convert "
             "says which backbone a file is of"
@@ -229,9 +230,4 @@ def _shape(tensor: Tensor) -> str:
 
 def listed(tensors: Mapping[str, Tensor]) -> str:
     """The first of them, by name and shape."""
-    return _listed([f"{name} ({_shape(tensor)})" for name, tensor in tensors.items()])
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _TOLD
-    return ", ".join(names[:_TOLD]) + (f" and {more} more" if more > 0 else "")
+    return first_few([f"{name} ({_shape(tensor)})" for name, tensor in tensors.items()], _TOLD)
