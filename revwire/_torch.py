@@ -168,9 +168,8 @@ def not_compiled(function: _Function) -> _Function:
     return cast("_Function", _disable_dynamo(function))
 
 
-def backward_pass() -> int:
-    """Number of the backward pass (autograd's graph task) this thread runs, -1 outside of any."""
-    return torch._C._current_graph_task_id()
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+"""Number of the backward pass (autograd's graph task) this thread runs, -1 outside of any."""
 
 
 def keeps_graph() -> bool:

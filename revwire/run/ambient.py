@@ -8,7 +8,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ _PRODUCTS = tuple((backend, op) for backend in ("cuda", "mkldnn") for op in ("ma
 _EPSILON = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
-@dataclass(frozen=True, slots=True)
-class Float32:
+class Float32(NamedTuple):
     """What products of float32 tensors may be computed in; of convolutions on CUDA that is tf32 unless one says other.
 
     Attributes:
@@ -227,11 +226,15 @@ def random_state(value: Any) -> RandomState:
     return RandomState.now(value.get_state, value.set_state)
 
 
+_HOST = {torch.device("cpu"), torch.device("meta")}
+
+
 def autocast_now(device: torch.device) -> tuple[tuple[str, torch.dtype, bool], ...]:
     """Autocast as it is now, for each kind of device concerned: the kind, its dtype, whether it is on."""
     on_cpu = "cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
-    if (kind := device.type) in {"cpu", "meta"}:
+    if device in _HOST:  # asking for its type takes longer than the rest
         return (on_cpu,)
+    kind = device.type
     return on_cpu, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from revwire.run.state import Known
 
 
+_Kind = tuple[torch.dtype, torch.Size]
+
 BACKWARD_INSIDE = "it runs a backward pass of its own inside forward, which cannot be run again"
 
 
@@ -101,7 +103,7 @@ class BranchRun:
         self.conditions: Conditions | None = None
         self.sides: tuple[Any, ...] = ()
         self.strides: tuple[int, ...] = ()
-        self._tickets: list[tuple[weakref.ref[Ticket], torch.Size, torch.dtype]] = []
+        self._tickets: list[tuple[weakref.ref[Ticket], _Kind]] = []
         self._wants_grad = False
         self._side_versions: list[int] = []
         self._of_output: Sample | None = None
@@ -154,7 +156,7 @@ class BranchRun:
             if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
             ticket = Ticket(owner, run, len(self._tickets))
-            self._tickets.append((weakref.ref(ticket), tensor.shape, tensor.dtype))
+            self._tickets.append((weakref.ref(ticket), (tensor.dtype, tensor.shape)))
             if tensor.is_floating_point():
                 precision = max(precision, epsilon(tensor.dtype))
                 # masks, tables and weights tell nothing of what the branch makes of its input
@@ -211,7 +213,7 @@ class BranchRun:
             The output, None if it is not needed; the tensors that living tickets stand for, by index; and the numbers
             that tell whether it was the same run, if there are any.
         """
-        count = 0
+        count, tickets = 0, self._tickets
         saved: dict[int, Tensor] = {}
         compared: Comparison | None = None
         done = False
@@ -222,13 +224,14 @@ class BranchRun:
             nonlocal count, compared, done
             if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
                 return tensor
-            ticket = self._ticket_for(count, tensor)
+            if count == len(tickets) or tickets[count][1] != (tensor.dtype, tensor.shape):
+                raise self._unlike(count, tensor)
             if self._of_saved is not None and self._of_saved[0] == count:
                 compared = self._of_saved[1].compared(self.branch.name, tensor, amplified)
-            if ticket is not None:
+            if tickets[count][0]() is not None:  # somebody still has it
                 saved[count] = tensor.detach()
             count += 1
-            if not output and count == len(self._tickets):
+            if not output and count == len(tickets):
                 done = True
                 raise _Done
             return None
@@ -240,7 +243,7 @@ class BranchRun:
             if not done:  # a script module makes another error of it
                 raise
             return None, saved, compared
-        if count != len(self._tickets):
+        if count != len(tickets):
             raise self._differs("saves fewer tensors")
         return out, saved, self._compared(out, amplified) if self._of_output else compared
 
@@ -249,19 +252,8 @@ class BranchRun:
             return None
         found, wanted = (out.dtype, out.shape), (self._of_output.dtype, self._of_output.shape)
         if found != wanted:
-            raise self._differs(
-                f"returns a {found[0]} {tuple(found[1])} for a {wanted[0]} {tuple(wanted[1])}"
-            )
+            raise self._differs(f"returns a {_said(found)} for a {_said(wanted)}")
         return self._of_output.compared(self.branch.name, out, amplified)
-
-    def _ticket_for(self, index: int, tensor: Tensor) -> Ticket | None:
-        """The ticket that a tensor saved again stands for, None if nobody has it any more."""
-        if index == len(self._tickets):
-            raise self._differs("saves more tensors")
-        ticket, shape, dtype = self._tickets[index]
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise self._differs(f"saves a {tensor.dtype} {tuple(tensor.shape)} for a {dtype} {tuple(shape)}")
-        return ticket()
 
     def output_again(
         self, current: Tensor, amplified: float | None = 1.0
@@ -297,6 +289,12 @@ class BranchRun:
             )
         return out
 
+    def _unlike(self, index: int, tensor: Tensor) -> ReplayError:
+        if index == len(self._tickets):
+            return self._differs("saves more tensors")
+        _, wanted = self._tickets[index]
+        return self._differs(f"saves a {_said((tensor.dtype, tensor.shape))} for a {_said(wanted)}")
+
     def _differs(self, what: str) -> ReplayError:
         return ReplayError(
             f"{self.branch.name}: run again in backward, the branch {what} than in forward, {WHY}"
@@ -309,6 +307,10 @@ WHY = (
     "or an adapter's setting that it reads, random numbers of a generator of its own, another thread. "
     "Call backward() before such a change"
 )
+
+
+def _said(kind: _Kind) -> str:
+    return f"{kind[0]} {tuple(kind[1])}"
 
 
 class _Done(Exception):

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from itertools import chain
-from operator import is_, itemgetter, methodcaller
+from operator import is_, methodcaller
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import ExitStack
 
 INTERNAL = frozenset(nn.Module().__dict__)
 """The attributes of every module: its mode, and torch's own tables of what it holds."""
 
 _MISSING = object()
-# what is done when weights are saved and loaded is no matter of a forward
-_internal_of = itemgetter(
-    *(key for key in INTERNAL if "state_dict" not in key and key != "_non_persistent_buffers_set")
-)
 _values_of = methodcaller("values")
 
 
@@ -92,43 +86,8 @@ def _fill(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-class SameAttributes:
-    """The attributes of modules, and what was noted of them."""
-
-    def __init__(self) -> None:
-        self._now: list[dict[str, Any]] = []
-        self._lengths: list[int] = []
-        self._internal: list[tuple[Any, ...]] = []
-        self._getters: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []
-        self._own: list[Any] = []
-
-    def add(self, now: dict[str, Any], noted: dict[str, Any]) -> None:
-        """Note those of one more module."""
-        self._now.append(now)
-        self._lengths.append(len(noted))
-        self._internal.append(_internal_of(noted))
-        own = _own_of(tuple(noted))
-        self._getters.append(own)
-        self._own += own(noted)
-
-    def there(self) -> bool:
-        """Whether all hold the very objects that were noted, and equal tables of torch's own."""
-        now = self._now
-        if [*map(len, now)] != self._lengths:
-            return False
-        try:
-            if [*map(_internal_of, now)] != self._internal:
-                return False
-            own = chain.from_iterable(
-                get(attributes) for get, attributes in zip(self._getters, now, strict=True)
-            )
-            return all(map(is_, own, self._own))
-        except (KeyError, RuntimeError, ValueError):  # one is gone, or a table of tensors is another
-            return False
-
-
 class SameDicts:
-    """Other dicts, and what was noted of them."""
+    """Dicts, and what was noted of them."""
 
     def __init__(self) -> None:
         self._now: list[dict[Any, Any]] = []
@@ -149,12 +108,3 @@ class SameDicts:
         if [*map(len, now)] != self._lengths or [*chain.from_iterable(now)] != self._keys:
             return False
         return all(map(is_, chain.from_iterable(map(_values_of, now)), self._values))
-
-
-@functools.lru_cache(maxsize=4096)
-def _own_of(keys: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """What gets the attributes of these names that are no table of torch's own."""
-    own = [key for key in keys if key not in INTERNAL]
-    if len(own) > 1:
-        return itemgetter(*own)
-    return (lambda held: (held[own[0]],)) if own else lambda _: ()

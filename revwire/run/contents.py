@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from revwire._torch import AnyTrackingNorm, wraps_others
 from revwire.run.ambient import imported_generators, is_generator
-from revwire.run.containers import INTERNAL, Part, SameAttributes, SameDicts, is_plain_object, same, swap
+from revwire.run.containers import INTERNAL, Part, SameDicts, is_plain_object, same, swap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -103,15 +103,12 @@ class Contents:
             self._note_module(module)
         for owner, key in own:
             self._note_own(owner, key)
-        self._modules, self._dicts, self._others = SameAttributes(), SameDicts(), list[tuple[Any, Any]]()
-        attributes = {id(module.__dict__) for module in self.modules}
+        self._dicts, self._others = SameDicts(), list[tuple[Any, Any]]()
         for container, content in self._noted:
-            if type(content) is not dict:
-                self._others.append((container, content))
-            elif id(container) in attributes and content.keys() >= INTERNAL:
-                self._modules.add(container, content)
-            else:
+            if type(content) is dict:
                 self._dicts.add(container, content)
+            else:
+                self._others.append((container, content))
         del self._index, self._seen, self._replaced
 
     def is_of(self, modules: Sequence[nn.Module], own: Sequence[tuple[nn.Module, str]]) -> bool:
@@ -123,11 +120,7 @@ class Contents:
 
     def there(self) -> bool:
         """Whether all containers hold what was noted, but for hooks where there were none."""
-        return (
-            self._modules.there()
-            and self._dicts.there()
-            and all(same(container, content) for container, content in self._others)
-        )
+        return self._dicts.there() and all(same(container, content) for container, content in self._others)
 
     def put_back(self, stack: ExitStack, patches: Mapping[int, Mapping[Any, Any]]) -> None:
         """Fill all containers with what was noted; leaving the stack puts back what is there now.

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -45,8 +44,7 @@ _FEW, _SOME = 16, 4
 """One in so many numbers may be another altogether, in float32 and in lower precision."""
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(NamedTuple):
     """The same numbers of both runs of a step, to be looked at when the backward is over.
 
     Attributes:
@@ -96,7 +94,7 @@ class Sample:
         if bound is None:
             return None
         few = 0 if amplified is None else _FEW if self.precision <= _SINGLE else _SOME
-        return Comparison(step, self.numbers, _take(tensor), bound, few and len(self.numbers) // few)
+        return Comparison(step, self.numbers, _take(tensor), bound, few and self.numbers.numel() // few)
 
 
 @torch.no_grad()
@@ -108,7 +106,7 @@ def differing(compared: Sequence[Comparison]) -> Iterator[tuple[str, float]]:
     """
     alike: dict[tuple[Any, ...], list[Comparison]] = {}
     for each in () if only_shapes() or is_capturing() else compared:
-        alike.setdefault((len(each.first), each.first.dtype, each.first.device), []).append(each)
+        alike.setdefault((each.first.numel(), each.first.dtype, each.first.device), []).append(each)
     for group in alike.values():
         wide = torch.promote_types(group[0].first.dtype, torch.float32)
         # the one place where the host waits for the device
@@ -141,6 +139,7 @@ def epsilon(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
 
 
+@functools.lru_cache(maxsize=4096)
 def _bound(precision: float, amplified: float | None) -> float | None:
     """The relative difference that may be rounding; None where no difference would tell anything."""
     if amplified is None:

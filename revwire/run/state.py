@@ -8,7 +8,7 @@ attributes) by a copy too, which is kept only where the forward did change them.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from revwire.run.contents import Held
 
 _version, _requires_grad = attrgetter("_version"), attrgetter("requires_grad")
+_storage, _bytes = methodcaller("untyped_storage"), methodcaller("nbytes")
 _Patches = dict[int, dict[Any, Any]]
 
 
@@ -151,6 +152,8 @@ class ModuleState:
                         "branch cannot be run again as it ran and its gradients would be wrong; call backward() before "
                         "optimizer.step() or any other update"
                     )
+        if 0 not in map(_bytes, map(_storage, tensors)):
+            return
         for i, tensor in enumerate(tensors):
             if not tensor.untyped_storage().nbytes() and tensor.numel() and not tensor.is_meta:
                 raise ReplayError(
@@ -161,7 +164,8 @@ class ModuleState:
     def put_back(self, stack: ExitStack) -> None:
         """Make the modules what they were; leaving the stack makes them what they are now again."""
         contents = self._contents
-        stack.enter_context(self.scripts())
+        if contents.scripts:
+            stack.enter_context(self.scripts())
         patches = self._patches(stack)
         if patches or not contents.there():
             contents.put_back(stack, patches)
