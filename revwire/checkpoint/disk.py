@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from revwire.checkpoint.signals import held_signals
 from revwire.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -89,10 +90,9 @@ def written_whole(out: Path, size: int | None = None) -> Iterator[BinaryIO]:
         free = shutil.disk_usage(place.parent).free
         if size is not None and free < size:
             raise CheckpointError(_full(out, size, free))
-        # A folder of its own beside it: on the same disk, so that the last move is one step, and removed whatever
-        # happens, a signal included.
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".revwire-") as folder:
-            part = Path(folder) / "part"
+        # a folder of its own beside it: on the same disk, so that the last move is one step
+        with _own_folder(place.parent) as folder:
+            part = folder / "part"
             with part.open("wb") as file:  # with the mode that files usually get
                 yield file
                 file.flush()
@@ -105,6 +105,21 @@ def written_whole(out: Path, size: int | None = None) -> Iterator[BinaryIO]:
             raise CheckpointError(_full(out, size)) from error
         hint = ": name another output (-o, out=)" if error.errno in _READ_ONLY else ""
         raise CheckpointError(f"cannot write {out}: {_reason(error)}{hint}") from error
+
+
+@contextmanager
+def _own_folder(parent: Path) -> Iterator[Path]:
+    """A folder for the length of the block, which goes with all in it whatever happens, a signal at any moment."""
+    with held_signals() as held:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=".revwire-"))
+        try:
+            try:
+                held.let_through()
+                yield folder
+            finally:
+                held.hold()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(out: Path, text: str) -> None:
@@ -129,8 +144,8 @@ def standard_input(folder: Path) -> Iterator[Path]:
         CheckpointError: the disk refuses.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".revwire-") as own:
-            path = Path(own) / "stdin"
+        with _own_folder(folder) as own:
+            path = own / "stdin"
             with path.open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
             yield path

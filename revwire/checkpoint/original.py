@@ -12,6 +12,7 @@ from revwire.checkpoint.architecture import check_fit, resolve
 from revwire.checkpoint.disk import write_text
 from revwire.checkpoint.metadata import rewiring_of, without_rewiring
 from revwire.checkpoint.reader import read
+from revwire.checkpoint.signals import held_signals
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import CheckpointError, RewireError
 from revwire.printing import Printed
@@ -138,22 +139,27 @@ def _folder_for(folder: Path | None, names: set[str]) -> Iterator[None]:
     if folder is None:
         yield
         return
-    there = folder.exists()
-    try:
-        folder.mkdir(exist_ok=True)
-        others = {path.name for path in folder.iterdir()} - names
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
-    if others:
-        raise CheckpointError(
-            f"cannot write {folder}: there is more in it ({min(others)}); name a new folder (-o, out=)"
-        )
-    try:
-        yield
-    except BaseException:
-        if not there:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with held_signals() as held:
+        there = folder.exists()
+        try:
+            folder.mkdir(exist_ok=True)
+            others = {path.name for path in folder.iterdir()} - names
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+        if others:
+            raise CheckpointError(
+                f"cannot write {folder}: there is more in it ({min(others)}); name a new folder (-o, out=)"
+            )
+        try:
+            try:
+                held.let_through()
+                yield
+            finally:
+                held.hold()
+        except BaseException:
+            if not there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _warning(spec: str, path: Path) -> str:
