@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,19 @@ class Printed:
             console.print(self)
         return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from rich.console import Console
+
+        console = Console(
+            width=_WIDTH, record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False
+        )
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format=_IN_NOTEBOOK)
+
 
 _WIDTH = 110
+_IN_NOTEBOOK = '<pre style="line-height: 1.2; white-space: pre; overflow-x: auto">{code}</pre>'
 
 
 def in_words(size: float) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from revwire.errors import RevwireError
 from revwire.printing import Printed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console, ConsoleOptions, RenderResult
 
 
@@ -73,9 +76,23 @@ class Estimates(Printed):
         """The estimates as JSON-ready dicts and lists."""
         return asdict(self)
 
+    def __iter__(self) -> Iterator[Estimate]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, strategy: str) -> Estimate:
-        """The row of a strategy."""
-        return next(row for row in self.rows if row.strategy == strategy)
+        """The row of a strategy.
+
+        Raises:
+            RevwireError: it was not estimated.
+        """
+        for row in self.rows:
+            if row.strategy == strategy:
+                return row
+        names = ", ".join(row.strategy for row in self.rows)
+        raise RevwireError(f"no strategy {strategy!r} was estimated, but {names}: name it in strategies=")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.markup import escape

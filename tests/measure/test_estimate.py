@@ -4,6 +4,7 @@ import bisect
 import copy
 import json
 import logging
+import re
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from revwire import RevwireError, RewireError
 from revwire.cli.app import app
 from revwire.measure import budget
 from revwire.measure.estimate import _largest
+from revwire.measure.estimates import Estimate, Estimates
 from revwire.measure.live_bytes import LiveBytes
 from revwire.measure.spared import spared
 from revwire.measure.step import mean_square
@@ -232,6 +234,27 @@ def test_estimates_print_as_a_table():
     printed = str(revwire.estimate(nn.Sequential(nn.Linear(4, 4)), torch.empty(2, 4), strategies=["plain"]))
     assert printed.startswith("Sequential, input 2x4, adamw: one training step, GiB")
     assert "│ plain" in printed
+
+
+def test_rows_are_gone_through_and_asked_for_by_name():
+    found = revwire.estimate(
+        nn.Sequential(nn.Linear(4, 4)), torch.empty(2, 4), strategies=["plain", "checkpoint"]
+    )
+    assert [row.strategy for row in found] == ["plain", "checkpoint"]
+    assert len(found) == 2
+    assert found["checkpoint"] is found.rows[1]
+    with pytest.raises(RevwireError, match=r"no strategy 'lean' was estimated, but plain, checkpoint"):
+        found["lean"]
+
+
+def test_a_notebook_shows_the_table_and_obeys_no_name_in_it():
+    row = Estimate("<b>plain</b>", failure="[red]<script>")
+    shown = Estimates("<i>Net", ((2, 4),), "adamw", "", False, None, 0, (row,))._repr_html_()
+    assert shown.startswith("<pre")
+    assert shown.endswith("</pre>")
+    for name in ("&lt;i&gt;Net", "&lt;b&gt;plain&lt;/b&gt;", "[red]&lt;script&gt;"):
+        assert name in shown
+    assert not {"<i>", "<b>", "<script>"} & set(re.findall(r"<\w+>", shown))
 
 
 @pytest.mark.parametrize("share", [1.2, pytest.param(0.8, marks=pytest.mark.slow), 0.6])
