@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from revwire.measure.verify import verify
     from revwire.planning.plan import Chain, Joined, Plan, Skipped, Step
     from revwire.rewrite.schedule import Dr2NetSchedule
-    from revwire.rewrite.wired import plan_of, unwire, unwired
+    from revwire.rewrite.unwiring import unwire, unwired
+    from revwire.rewrite.wired import plan_of
     from revwire.run.coupling import BDIA, Coupling, Dr2Net, Momentum, Re2TAL
     from revwire.run.exact import Grid
     from revwire.run.streams import Streams
@@ -74,7 +75,8 @@ _HOMES = {
     "revwire.measure.verify": ("verify",),
     "revwire.planning.plan": ("Chain", "Joined", "Plan", "Skipped", "Step"),
     "revwire.rewrite.schedule": ("Dr2NetSchedule",),
-    "revwire.rewrite.wired": ("plan_of", "unwire", "unwired"),
+    "revwire.rewrite.unwiring": ("unwire", "unwired"),
+    "revwire.rewrite.wired": ("plan_of",),
     "revwire.run.coupling": ("BDIA", "Coupling", "Dr2Net", "Momentum", "Re2TAL"),
     "revwire.run.exact": ("Grid",),
     "revwire.run.streams": ("Streams",),

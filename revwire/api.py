@@ -6,9 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from revwire.experimental.overlap import EXPERIMENTAL
-from revwire.measure.rewired import rewired
-from revwire.planning.dials import Dials, Globs, Transitions
-from revwire.rewrite.recording import Recording
+from revwire.measure.rewired import chosen_for, rewired
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from revwire.measure.budget import Budget
+    from revwire.planning.dials import Globs, Transitions
     from revwire.planning.plan import Plan
     from revwire.run.coupling import Coupling
     from revwire.run.exact import Grid
@@ -26,8 +25,8 @@ def plan(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
+    coupling: str | Coupling | None = None,
+    exact: bool | int | Grid | None = None,
     include: Globs = None,
     exclude: Globs = None,
     chunks: int | Mapping[str, int] = 1,
@@ -41,12 +40,11 @@ def plan(
         model: Any module; it runs once on fake tensors, which takes no memory and draws no random numbers.
         example_inputs: What its forward takes: a tensor, a tuple of arguments or a dict of keyword arguments. May be
             left out for models of timm, torchvision and transformers, whose own is known.
-        coupling: The recurrence, as an object or by name, with or without coefficients: `"re2tal"`, `"dr2net"`,
-            `"momentum"`, `"bdia"`, `"dr2net(alpha=1,beta=0.125)"`.
-        exact: Whether streams are in fixed point, as for `revwire.rewire`.
+        coupling: As for `revwire.rewire`, like the next three.
+        exact: Whether streams are in fixed point.
         include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
         exclude: Globs of module paths to leave alone.
-        chunks: As for `revwire.rewire`, like the next three.
+        chunks: Slices that branches run in, as for `revwire.rewire`, like the next three.
         keep: Steps that keep the graph of their branch.
         anchor: Steps that keep the input of the step before them.
         transitions: What the blocks between chains hold.
@@ -54,16 +52,27 @@ def plan(
     Raises:
         RewireError: the model is rewired already, does not run on the inputs, or the inputs are not known.
     """
-    recording = Recording.of(model, example_inputs, coupling, exact, include, exclude)
-    return Dials(chunks, keep, anchor, transitions).turned(recording.fresh, recording.found)
+    _, chosen = chosen_for(
+        model,
+        example_inputs,
+        coupling=coupling,
+        exact=exact,
+        include=include,
+        exclude=exclude,
+        chunks=chunks,
+        keep=keep,
+        anchor=anchor,
+        transitions=transitions,
+    )
+    return chosen
 
 
 def rewire(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
+    coupling: str | Coupling | None = None,
+    exact: bool | int | Grid | None = None,
     include: Globs = None,
     exclude: Globs = None,
     chunks: int | Mapping[str, int] = 1,
@@ -86,10 +95,13 @@ def rewire(
     Args:
         model: Any module.
         example_inputs: As for `revwire.plan`.
-        coupling: The recurrence, by name or as an object, as for `revwire.plan`.
+        coupling: The recurrence, as an object or by name, with or without coefficients: `"re2tal"`, `"dr2net"`,
+            `"momentum"`, `"bdia"`, `"dr2net(alpha=1,beta=0.125)"`. None: that of `plan`; of a model of transformers
+            that was saved rewired, what its config.json says, chains and all; else `"re2tal"`.
         exact: Streams in fixed point, so that backward reconstructs every input bit for bit, at any depth and with
             any |a| of 1, 1/2, 1/4, ...: True for a grid that follows the values entering each chain, or
-            `revwire.Grid(bits)` (or just the number of bits after the point) for the same one everywhere.
+            `revwire.Grid(bits)` (or just the number of bits after the point) for the same one everywhere. None: as
+            for `coupling`, else False.
         include: Globs of module paths (`"blocks.*"`); only what matches one is rewired.
         exclude: Globs of module paths to leave alone.
         chunks: Run each branch on so many slices of the batch, in forward and backward, so that it needs so much less

@@ -23,6 +23,7 @@ from revwire.measure.step import StepMemory, measure_step
 from revwire.measure.verify import verify as run_checks
 from revwire.printing import Printed
 from revwire.pytree import tree_leaves
+from revwire.rewrite.mark import warn_unlike
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,8 +141,8 @@ def convert(
     *,
     arch: str | None = None,
     model_args: Mapping[str, Any] | None = None,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
+    coupling: str | Coupling | None = None,
+    exact: bool | int | Grid | None = None,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -158,8 +159,9 @@ def convert(
         arch: Name of the model, `resnet50` of timm or `torchvision/resnet50`, where the file, a `config.json`
             beside it and the tensors do not tell.
         model_args: Arguments that its library builds it with; without `arch` they go over those the file names.
-        coupling: The coupling the model is rewired with, by name or as an object, as for `revwire.rewire`.
-        exact: Whether its streams are in fixed point, as for `revwire.rewire`.
+        coupling: The coupling the model is rewired with, by name or as an object, as for `revwire.rewire`. None: the
+            one that a file which is rewired already tells of, else `"re2tal"`.
+        exact: Whether its streams are in fixed point, as for `revwire.rewire`; None: as for `coupling`, else False.
         verify: Verify before writing.
         progress: Called with what is being done, in a few words.
 
@@ -190,7 +192,12 @@ def convert(
             f"revwire.rewire(model, example_inputs)"
         )
     say("planning")
+    own = rewiring_of(source.metadata, path) if is_rewired(source.metadata) else None
+    coupling = coupling or (own.coupling if own else "re2tal")
+    exact = exact if exact is not None else own.exact if own else False
     plan = api.plan(model, coupling=coupling, exact=exact)
+    if own is not None:
+        warn_unlike(own, plan, f"the weights of {path}", stacklevel=2)
     if not plan.chains:
         reasons = "; ".join(f"{left.module or 'the model'}: {left.reason}" for left in plan.skipped[:3])
         raise RewireError(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from revwire.checkpoint.disk import text_of
 from revwire.checkpoint.limits import JSON_CHARACTERS, check_json
 from revwire.errors import CheckpointError, RewireError
+from revwire.libraries import MARK
 from revwire.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from revwire.libraries import Architecture
@@ -62,6 +64,27 @@ def rewiring_of(metadata: Mapping[str, str], path: Path) -> Plan:
             f"{path} names two couplings, {plan.coupling!r} and {metadata[_COUPLING][:50]!r}; {again}"
         )
     return plan
+
+
+def left_beside(state: Mapping[Any, Any]) -> dict[str, str]:
+    """What a rewired model has left in the metadata of its state_dict, as metadata of ours; nothing if none has."""
+    told = getattr(state, "_metadata", None)
+    entries = told.values() if isinstance(told, Mapping) else ()
+    texts = [each.get(MARK) for each in entries if isinstance(each, Mapping)]
+    found = [text for text in texts if isinstance(text, str)]
+    return {_PLAN: found[0]} if len(found) == 1 else {}
+
+
+def in_config(path: Path) -> dict[str, str]:
+    """The same of a `config.json` of transformers, which `save_pretrained` wrote for a rewired model."""
+    try:
+        config = parse_json(text_of(path, JSON_CHARACTERS), str(path))
+    except (FileNotFoundError, CheckpointError):  # of no matter yet, or told by whoever needs more of it
+        return {}
+    entry = config.get(MARK)
+    if entry is None:
+        return {}
+    return {_PLAN: json.dumps(entry.get("plan") if isinstance(entry, dict) else entry)}
 
 
 def parse_json(text: str, what: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from revwire.checkpoint.disk import check_regular
 from revwire.checkpoint.folder import file_in, is_index, shards
 from revwire.checkpoint.limits import check_stored, check_unpacked, is_dense
 from revwire.checkpoint.mapped import Mapped
+from revwire.checkpoint.metadata import in_config, is_rewired, left_beside
 from revwire.errors import CheckpointError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -96,7 +97,13 @@ def read(path: str | Path) -> Source:
         CheckpointError: There is no such file, or it is not a checkpoint, is damaged, or holds other objects
             than tensors; the message says what was found and what to do.
     """
-    path = Path(path)
+    source = _read(Path(path))
+    if is_rewired(source.metadata):
+        return source
+    return replace(source, metadata={**source.metadata, **in_config(source.path.with_name("config.json"))})
+
+
+def _read(path: Path) -> Source:
     try:
         path = file_in(path) if path.is_dir() else path
     except (OSError, ValueError) as error:
@@ -187,7 +194,8 @@ def _read_torch(path: Path, *, mmap: bool) -> Source:
     loaded = _loaded(path, mmap=mmap)
     entry, state = _tensors(path, loaded)
     tensors, named = ({new: state[old] for old, new in names.items()} for names in _both(path, state))
-    return Source(path, tensors, named, _training_metadata(loaded), entry)
+    metadata = {**_training_metadata(loaded), **left_beside(state_dict_in(loaded, _ENTRIES)[1])}
+    return Source(path, tensors, named, metadata, entry)
 
 
 def _loaded(path: Path, *, mmap: bool) -> Any:

@@ -17,7 +17,6 @@ from rich.markup import escape
 
 from revwire.cli.ending import ended_in_order
 from revwire.cli.options import (
-    _COUPLINGS,
     Amp,
     ArchOption,
     CouplingOption,
@@ -258,8 +257,8 @@ def convert(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; by default FILE.revwire.safetensors.")
     ] = None,
-    coupling: Annotated[str, typer.Option(help=f"How the two streams are coupled: {_COUPLINGS}.")] = "re2tal",
-    exact: Annotated[bool, typer.Option(help="Streams in fixed point, inverted bit for bit.")] = False,
+    coupling: CouplingOption = None,
+    exact: ExactOption = None,
     arch: ArchOption = None,
     model_args: ModelArgsOption = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify before writing.")] = True,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from revwire.libraries.interface import (
     INDEXED,
+    MARK,
     NAMES,
     OF_THE_HUB,
     OPTIONAL,
@@ -26,6 +27,7 @@ from revwire.libraries.interface import (
     noise,
     register,
     respelled,
+    settings_of,
     sized_inputs,
     variants,
 )
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INDEXED",
+    "MARK",
     "NAMES",
     "OF_THE_HUB",
     "OPTIONAL",
@@ -50,6 +53,7 @@ __all__ = [
     "library_of",
     "noise",
     "respelled",
+    "settings_of",
     "sized_inputs",
     "variants",
 ]

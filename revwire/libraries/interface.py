@@ -32,6 +32,8 @@ OPTIONAL = {"torchvision": "its models; timm needs it", "transformers": "Hugging
 OF_THE_HUB = {
     "transformers"
 }  # whose tensors' names begin with what elsewhere is a wrapper's prefix (`model.`)
+MARK = "revwire"
+"""The attribute of a config, and the key beside a state_dict's tensors, that tell how a model is rewired."""
 INDEXED = (
     TIMM,
     "torchvision",
@@ -159,6 +161,9 @@ class Library(Protocol):
     def describe(self, model: nn.Module, known: Architecture | None = None) -> Architecture:
         """How a model of the library was built."""
 
+    def settings_of(self, model: nn.Module) -> Any | None:
+        """What the library writes the attributes of beside the weights; None where there is no such thing."""
+
     def tensors_of(self, model: nn.Module) -> Mapping[str, Tensor]:
         """The state dict as the library writes it into files."""
 
@@ -269,6 +274,12 @@ def library_of(model: nn.Module) -> Library | None:
         if name in NAMES:
             return library(name)
     return None
+
+
+def settings_of(model: nn.Module) -> Any | None:
+    """What a model's library writes the attributes of beside its weights: a config of transformers; None elsewhere."""
+    owner = library_of(model)
+    return owner.settings_of(model) if owner else None
 
 
 def example_inputs(model: nn.Module, batch: int = 2) -> Any | None:

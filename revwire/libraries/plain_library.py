@@ -23,6 +23,11 @@ def shown(model_args: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(model_args)
 
 
+def settings_of(model: nn.Module) -> None:
+    """There is nothing but the weights."""
+    del model
+
+
 def fit(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Fit:
     """Whether a state dict fits an architecture strictly, as its library loads it; the first few faults in words.
 

@@ -16,7 +16,14 @@ import torch
 from revwire.errors import RevwireError
 from revwire.libraries.comparison import differences
 from revwire.libraries.interface import Architecture, noise
-from revwire.libraries.plain_library import companions, shown, sized_inputs, tensors_of, with_config
+from revwire.libraries.plain_library import (
+    companions,
+    settings_of,
+    shown,
+    sized_inputs,
+    tensors_of,
+    with_config,
+)
 from revwire.libraries.timm_layouts import fit, load, respelled
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ __all__ = [
     "load",
     "recipe",
     "respelled",
+    "settings_of",
     "shown",
     "sized_inputs",
     "tensors_of",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RevwireError
+from revwire.libraries.interface import MARK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ _LEFT_OUT = {
     "name_or_path",
     "dtype",
     "torch_dtype",
+    MARK,
 }
 _COUNTS_LAYERS = re.compile(r"(layers?|depths?|blocks?)$")
 _MOST_LABELS = 2**20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from revwire.errors import RevwireError
 from revwire.libraries.comparison import differences
-from revwire.libraries.interface import Architecture
+from revwire.libraries.interface import MARK, Architecture
 from revwire.libraries.noise import Noise
 from revwire.libraries.plain_library import from_training, respelled
 from revwire.libraries.transformers_classes import class_of, is_old, kind_of
@@ -19,6 +19,7 @@ from revwire.libraries.transformers_config import (
     LIBRARY,
     alone,
     config_class,
+    installed,
     model_class,
     refuse,
     unknown_class,
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "recipe",
     "respelled",
+    "settings_of",
     "shown",
     "sized_inputs",
     "tensors_of",
@@ -113,7 +115,8 @@ def with_config(name: str, config: Mapping[str, Any]) -> Architecture:
     """
     kind = model_class(name)
     own = getattr(getattr(kind, "config_class", None), "model_type", None)
-    return Architecture(name, {**({"model_type": own} if own else {}), **config}, LIBRARY)
+    told = {key: value for key, value in config.items() if key != MARK}
+    return Architecture(name, {**({"model_type": own} if own else {}), **told}, LIBRARY)
 
 
 def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Any] | None:
@@ -153,6 +156,7 @@ def describe(model: nn.Module, known: Architecture | None = None) -> Architectur
     configuration: Any = model.config
     kind = _own_class(model)
     config = json.loads(configuration.to_json_string(use_diff=True))
+    config.pop(MARK, None)
     found = Architecture(kind.__name__, {**config, "architectures": [kind.__name__]}, LIBRARY)
     if fault := next(differences(model, found.outline()), None):
         raise RevwireError(
@@ -160,6 +164,12 @@ def describe(model: nn.Module, known: Architecture | None = None) -> Architectur
             f"set model.config to what was changed, or pass arch= and model_args="
         )
     return found
+
+
+def settings_of(model: nn.Module) -> Any | None:
+    """The config, which `save_pretrained` writes with all its attributes."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, installed().PretrainedConfig) else None
 
 
 def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:

@@ -20,7 +20,8 @@ from revwire.measure.watching import Growth, around_steps
 from revwire.planning.choose import FLOAT32_ROUNDING, MOST_NOISE
 from revwire.pytree import tree_leaves
 from revwire.rewrite.swap import apply_plan
-from revwire.rewrite.wired import unwire, with_options
+from revwire.rewrite.unwiring import unwire
+from revwire.rewrite.wired import with_options
 from revwire.run.coupling import Original
 from revwire.run.exact import dropped_bits
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from revwire.errors import RewireError
 from revwire.measure.budget import dials_within
 from revwire.planning.dials import Dials
+from revwire.rewrite.mark import marked, warn_unlike
 from revwire.rewrite.recording import Recording, fitting
 
 if TYPE_CHECKING:
@@ -40,20 +41,53 @@ def rewired(
     Raises:
         RewireError: as `revwire.rewire`.
     """
+    recording, chosen = chosen_for(
+        model, example_inputs, budget=budget, plan=plan, overlap=overlap, **options
+    )
+    ways: dict[str, Any] = {"compiled": compile, "overlap": overlap, "fallback": fallback, "check": check}
+    return recording.rewire(model, chosen, **ways), chosen
+
+
+def chosen_for(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    budget: str | int | Budget | None = None,
+    plan: Plan | None = None,
+    overlap: bool = False,
+    **options: Any,
+) -> tuple[Recording, Plan]:
+    """A recorded run of a model, and the plan that the arguments of `revwire.rewire` come to.
+
+    Raises:
+        RewireError: as `revwire.rewire`.
+    """
     dials, choice = split_dials(options)
     if (plan is not None) + (budget is not None) + (dials != Dials()) > 1:
         raise RewireError(
             "chunks, keep, anchor and transitions are part of a plan, and chosen by a budget: pass one"
         )
-    recording = Recording.of(model, example_inputs, **choice)
+    saved = marked(model) if plan is None else None
+    recording = Recording.of(model, example_inputs, **settled(choice, plan or saved))
+    if saved is not None and saved.model == recording.fresh.model and budget is None and dials == Dials():
+        plan = saved if not any(choice.values()) else None
     if budget is not None:
         dials = dials_within(model, example_inputs, budget, recording, overlap=overlap)
     if plan is None:
         chosen = dials.turned(recording.fresh, recording.found)
     else:
         chosen = fitting(plan, recording.fresh, recording.found)
-    ways: dict[str, Any] = {"compiled": compile, "overlap": overlap, "fallback": fallback, "check": check}
-    return recording.rewire(model, chosen, **ways), chosen
+    if saved is not None:
+        warn_unlike(saved, chosen, "config.json says that the weights", stacklevel=4)
+    return recording, chosen
+
+
+def settled(choice: Mapping[str, Any], like: Plan | None) -> dict[str, Any]:
+    """The arguments of `Recording.of`; where none was given, those of a plan made earlier."""
+    usual = (
+        {"coupling": like.coupling, "exact": like.exact} if like else {"coupling": "re2tal", "exact": False}
+    )
+    return {**usual, **{name: value for name, value in choice.items() if value is not None}}
 
 
 def split_dials(options: Mapping[str, Any]) -> tuple[Dials, dict[str, Any]]:

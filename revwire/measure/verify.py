@@ -19,11 +19,14 @@ from revwire.measure.checks import Runs
 from revwire.measure.drift import drifts
 from revwire.measure.modes import STEPS
 from revwire.measure.report import Report
+from revwire.measure.rewired import settled
 from revwire.measure.specimen import cast, noisy_like, random_state_kept
 from revwire.planning.choose import choose_plan, nothing_to_rewire
 from revwire.planning.copies import copied
 from revwire.planning.trial import make_branches_count
-from revwire.rewrite.wired import options_of, plan_of, unwire
+from revwire.rewrite.mark import marked
+from revwire.rewrite.unwiring import unwire
+from revwire.rewrite.wired import options_of, plan_of
 from revwire.run.coupling import Coupling, coupling_of
 from revwire.run.exact import Exact, Grid, exact_of
 from revwire.run.options import Options
@@ -39,8 +42,8 @@ def verify(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    coupling: str | Coupling = "re2tal",
-    exact: bool | int | Grid = False,
+    coupling: str | Coupling | None = None,
+    exact: bool | int | Grid | None = None,
     include: Globs = None,
     exclude: Globs = None,
     progress: Callable[[str], None] | None = None,
@@ -51,8 +54,8 @@ def verify(
         model: Any module, rewired (then its own plan and coupling are checked) or not; it is left as it is.
         example_inputs: What its forward takes, at a small batch, as for `revwire.plan`. Constant floating-point
             tensors (zeros made for their shape) are replaced by noise.
-        coupling: The recurrence, for a model that is not rewired.
-        exact: Whether its streams are in fixed point, for a model that is not rewired.
+        coupling: The recurrence, for a model that is not rewired, as for `revwire.rewire`.
+        exact: Whether its streams are in fixed point, for a model that is not rewired, as for `revwire.rewire`.
         include: Globs of module paths, as for `revwire.rewire`.
         exclude: Globs of module paths, as for `revwire.rewire`.
         progress: Called with the name of each check before it is measured.
@@ -94,7 +97,7 @@ def verify(
 
 
 def _pristine(
-    model: nn.Module, coupling: str | Coupling, exact: bool | int | Grid
+    model: nn.Module, coupling: str | Coupling | None, exact: bool | int | Grid | None
 ) -> tuple[nn.Module, Plan | None, Coupling, Exact]:
     """A copy of the model as it was before rewiring, with the plan, coupling and grid it had, if any."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -108,6 +111,7 @@ def _pristine(
         duplicate.float()
     wanted, options = plan_of(model), options_of(model)
     if wanted is None or options is None:
-        kind = coupling_of(coupling)
-        return duplicate, None, kind, exact_of(exact, kind)
+        given = settled({"coupling": coupling, "exact": exact}, marked(model))
+        kind = coupling_of(given["coupling"])
+        return duplicate, None, kind, exact_of(given["exact"], kind)
     return unwire(duplicate), wanted, options.coupling, options.exact

@@ -11,6 +11,7 @@ from revwire.find.probe import Probe, probe
 from revwire.libraries.inputs import call_arguments
 from revwire.planning.choose import choose_plan, nothing_to_rewire
 from revwire.planning.dials import Globs, check_dials
+from revwire.rewrite import mark
 from revwire.rewrite.swap import apply_plan
 from revwire.rewrite.wired import is_wired
 from revwire.run.coupling import Coupling, coupling_of
@@ -91,6 +92,7 @@ class Recording:
         ways: dict[str, Any] = {"compile": compiled, "overlap": overlap, "check": check, "fallback": fallback}
         options = replace(self.options, **ways)
         apply_plan(model, chosen, self.found, options)
+        mark.put(model)
         return model
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RewireError
-from revwire.rewrite.wired import options_of, set_coupling
+from revwire.rewrite import mark
+from revwire.rewrite.wired import PROGRAM, options_of
 from revwire.run.coupling import Dr2Net
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from revwire.run.coupling import Coupling
 
 
 class Dr2NetSchedule:
@@ -85,3 +89,11 @@ class Dr2NetSchedule:
         self._exact = options.exact is not False
         self._steps, self._start, self._end, self._step = steps, start, end, step
         set_coupling(self._model, self.coupling)
+
+
+def set_coupling(model: nn.Module, coupling: Coupling) -> None:
+    """Have the next forward of a rewired model run another recurrence; one in flight keeps its own."""
+    for module in model.modules():
+        if (program := module.__dict__.get(PROGRAM)) is not None:
+            program.options = replace(program.options, coupling=coupling)
+    mark.put(model)

@@ -88,6 +88,17 @@ def library():
 def stuck():
     DeafMode().__torch_dispatch__()
 
+def caught():
+    for attempt in range(3):
+        try:
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+            time.sleep(20)
+        except BaseException:
+            print("caught")
+            time.sleep(0.01)
+    time.sleep(20)
+    print("lost")
+
 try:
     with ended_in_order():
         globals()[sys.argv[2]]()
@@ -124,6 +135,7 @@ def test_a_signal_in_a_finalizer_is_not_lost(name):
         ("dispatched", "not inside\nunwound\n"),
         ("library", "not inside\nunwound\n"),
         ("stuck", "unwound\n"),
+        ("caught", "caught\ncaught\ncaught\nunwound\n"),
     ],
 )
 def test_a_signal_ends_the_command_wherever_it_comes(name, place, told):

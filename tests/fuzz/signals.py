@@ -6,6 +6,7 @@ those from after, never a part of one; nothing lies beside them that a whole run
 on, to the same figures.
 """
 
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +55,7 @@ def run_of(told, command, *arguments):
         with told.open("w") as file, Path(os.devnull).open() as nothing:
             for number, to in enumerate((nothing, file, file)):
                 os.dup2(to.fileno(), number)
+        faulthandler.register(signal.SIGUSR1)
         command()
 
     process = multiprocessing.get_context("fork").Process(target=within)
@@ -149,6 +152,8 @@ def ended(process, limit_s):
     process.join(limit_s)
     if process.exitcode is not None:
         return time.monotonic() - start
+    os.kill(process.pid, signal.SIGUSR1)  # tells where it is
+    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return None
@@ -162,27 +167,39 @@ def tried(job, place, own, usual_s):
     if process.is_alive():
         os.kill(process.pid, number)
     took = ended(process, LIMIT_S)
+    words = place.with_name("told").read_text()[-3000:]
     if took is None:
-        return f"FOUND {number.name}: not ended within {LIMIT_S} s", LIMIT_S
+        return f"FOUND {number.name}: not ended within {LIMIT_S} s\n{words}", LIMIT_S
     told = {0, -number, 128 + number} | ({1} if number is signal.SIGINT else set())
     if process.exitcode not in told:
-        words = place.with_name("told").read_text()[-1000:]
         return f"FOUND {number.name}: exit code {process.exitcode}\n{words}", took
     if complaint := job.complaint(place, own):
         return f"FOUND {number.name}: {complaint}", took
     return ("done before" if process.exitcode == 0 else f"ended by {number.name}"), took
 
 
+class Job(str, Enum):
+    """What is sent signals."""
+
+    conversion = "conversion"
+    back = "back"
+    training = "training"
+
+
+JOBS = {Job.conversion: Conversion, Job.back: WayBack, Job.training: Training}
+
+
 def main(
     count: Annotated[int, typer.Option(help="How many signals are sent.")] = 300,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    only: Annotated[list[Job] | None, typer.Option(help="Repeatable.")] = None,
 ) -> None:
     """Send signals, and tell what they came to; exit code 1 where a file was torn or left, or a process went on."""
     console, own = Console(), random.Random(seed)
     outcomes, found, slowest = Counter(), [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
-        for kind in (Conversion, WayBack, Training):
+        for kind in [JOBS[each] for each in only or Job]:
             (home := Path(folder, kind.__name__)).mkdir()
             job, place = kind(home), home / "place"
             place.mkdir()

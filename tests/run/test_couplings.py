@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import revwire
 from revwire import RewireError
 from revwire.measure.drift import drifts
-from revwire.rewrite.wired import set_coupling, with_options
+from revwire.rewrite.schedule import set_coupling
+from revwire.rewrite.wired import with_options
 from revwire.run.coupling import Original, coupling_of
 from revwire.run.options import Options
 from tests.helpers import couplings
