@@ -69,17 +69,32 @@ def chosen_for(
         )
     saved = marked(model) if plan is None else None
     recording = Recording.of(model, example_inputs, **settled(choice, plan or saved))
-    if saved is not None and saved.model == recording.fresh.model and budget is None and dials == Dials():
-        plan = saved if not any(choice.values()) else None
     if budget is not None:
         dials = dials_within(model, example_inputs, budget, recording, overlap=overlap)
-    if plan is None:
-        chosen = dials.turned(recording.fresh, recording.found)
-    else:
+    if plan is not None:
         chosen = fitting(plan, recording.fresh, recording.found)
+    elif saved is not None and _says_all(saved, recording, choice) and budget is None and dials == Dials():
+        chosen = _as_saved(saved, recording)
+    else:
+        chosen = dials.turned(recording.fresh, recording.found)
     if saved is not None:
         warn_unlike(saved, chosen, "config.json says that the weights", stacklevel=4)
     return recording, chosen
+
+
+def _says_all(saved: Plan, recording: Recording, choice: Mapping[str, Any]) -> bool:
+    """Whether a plan in a config is of this very model, and nothing else was asked for."""
+    return saved.model == recording.fresh.model and all(value is None for value in choice.values())
+
+
+def _as_saved(saved: Plan, recording: Recording) -> Plan:
+    try:
+        return fitting(saved, recording.fresh, recording.found)
+    except RewireError as error:
+        raise RewireError(
+            f"{error}. The plan is that of config.json, by which this model was rewired when it was saved; pass "
+            "coupling= to plan it afresh"
+        ) from error
 
 
 def settled(choice: Mapping[str, Any], like: Plan | None) -> dict[str, Any]:

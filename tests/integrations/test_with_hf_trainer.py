@@ -112,6 +112,15 @@ def test_what_the_checkpoint_holds_is_the_model_as_it_was(tmp_path):
     assert not torch.allclose(original, wanted, atol=1e-2)
 
 
+def test_a_checkpoint_is_rewired_as_it_was_trained(tmp_path):
+    model = revwire.rewire(classifier(), {"pixel_values": torch.zeros(1, 3, SIZE, SIZE)}, coupling="bdia")
+    train(model, tmp_path, 3)
+    loaded = revwire.rewire(ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-3"))
+    assert revwire.plan_of(loaded) == revwire.plan_of(model)
+    x = Labelled(2)[1]["pixel_values"][None]
+    torch.testing.assert_close(loaded.eval()(x).logits, model.eval()(x).logits)
+
+
 # a rewired model's methods are not those of its base class, which transformers takes for an override of the old name
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_gradient_checkpointing_of_rewired_blocks(tmp_path):

@@ -1,5 +1,7 @@
 """Lightning's Trainer: a run that stops and goes on is the run that does not stop; its losses are plain autograd's."""
 
+import warnings
+
 import lightning
 import pytest
 import torch
@@ -74,6 +76,16 @@ def test_a_rewired_checkpoint_is_one_of_the_original_model(tmp_path):
     state = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"]
     module = Classifier(vit(seed=1))
     module.load_state_dict(state, strict=True)
+
+
+def test_a_checkpoint_tells_a_model_that_is_rewired_another_way(tmp_path):
+    fit(rewired(coupling="bdia"), tmp_path, 1)
+    state = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Classifier(rewired(seed=1, coupling="bdia")).load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"rewired by coupling='bdia.*another function"):
+        Classifier(rewired(seed=1)).load_state_dict(state)
 
 
 def test_bf16_mixed_precision(tmp_path):

@@ -1,5 +1,6 @@
 """timm's own parts of a training run, put together as its `train.py` does: scaler, EMA, mixup, schedule, files."""
 
+import pytest
 import timm.optim
 import timm.scheduler
 import timm.utils
@@ -80,3 +81,11 @@ def test_the_averaged_model_is_rewired_and_of_the_averaged_weights(tmp_path):
     wanted = revwire.rewire(twin, x).eval()(x)
     assert torch.equal(average.eval()(x), wanted)
     assert not torch.allclose(model.eval()(x), wanted)
+
+
+def test_a_checkpoint_tells_a_model_that_is_rewired_another_way(tmp_path):
+    train(rewired(coupling="bdia"), tmp_path, 1)
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=False)
+    for entry in ("state_dict", "state_dict_ema"):
+        with pytest.warns(UserWarning, match=r"rewired by coupling='bdia.*another function"):
+            rewired(seed=1).load_state_dict(saved[entry])

@@ -71,9 +71,22 @@ def test_dials_are_free_and_the_function_is_not(tmp_path):
         revwire.plan_of(revwire.rewire(load(tmp_path), budget="1GiB")).coupling
         == "dr2net(alpha=0.6,beta=0.5)"
     )
-    for other in ({"coupling": "re2tal"}, {"exact": True}, {"exclude": "*layers.0*"}):
+    for other in (
+        {"coupling": "re2tal"},
+        {"exact": True},
+        {"exclude": "*layers.0*"},
+        {"include": "*layers.[12]*"},
+    ):
         with pytest.warns(UserWarning, match=r"config\.json says .* another function"):
             revwire.rewire(load(tmp_path), **other)
+
+
+def test_what_is_asked_for_is_done_though_config_says_another(tmp_path):
+    revwire.rewire(of_transformers(), coupling="bdia", exact=True).save_pretrained(tmp_path)
+    model = ViTForImageClassification.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="another function"):
+        revwire.rewire(model, exact=False)
+    assert revwire.plan_of(model).exact is False
 
 
 def test_a_model_inside_another_is_rewired_as_it_was_there(tmp_path):
@@ -107,6 +120,20 @@ def test_a_mark_that_is_none(tmp_path, entry):
         revwire.rewire(model)
     with pytest.raises(CheckpointError, match="plan"):
         revwire.load(tmp_path)
+
+
+def test_a_plan_that_no_longer_fits_names_the_way_out(tmp_path):
+    revwire.rewire(of_transformers(), coupling="bdia").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["revwire"]["plan"]["chains"][0]["steps"][0]["module"] = "vit.of.an.older.version"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ViTForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(
+        RewireError, match=r"no residual vit\.of\.an\.older.* pass coupling= to plan it afresh"
+    ):
+        revwire.rewire(model)
+    with pytest.warns(UserWarning, match="another function"):
+        revwire.rewire(model, coupling="bdia")
 
 
 def test_the_commands_read_what_save_pretrained_wrote(tmp_path):
