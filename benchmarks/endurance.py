@@ -3,12 +3,16 @@
     python -m benchmarks.endurance --help
 
 Each life runs in a process of its own, and its resident memory is read after a tenth of it (torch's own pools have
-filled by then) and at its end. Flat is what has grown by less than `FLAT` bytes.
+filled by then) and at its end: as it is, and once the C library has given back to the system what it holds free. Flat
+is what has grown by less than `FLAT` bytes in use; the rest is how malloc scatters what comes and goes. Shapes come in
+random order: the largest are not the last.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,7 +60,8 @@ def _step(model: nn.Module, batch: int, length: int) -> None:
 def shapes() -> Callable[[int], None]:
     """A step on an input of another shape each time."""
     model = revwire.rewire(_net(Block), torch.zeros(2, 5, WIDTH))
-    return lambda number: _step(model, 1 + number % 100, 2 + number // 100)
+    order = torch.randperm(LIVES["shapes"][1], generator=torch.Generator().manual_seed(0)).tolist()
+    return lambda number: _step(model, 1 + order[number] % 100, 2 + order[number] // 100)
 
 
 def rewirings() -> Callable[[int], None]:
@@ -78,24 +83,38 @@ def steps() -> Callable[[int], None]:
 LIVES = {"shapes": (shapes, 10_000), "rewirings": (rewirings, 1_000), "steps": (steps, 100_000)}
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * 4096
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of this process that are in memory, as it is, and without what malloc holds free."""
+
+    resident: int
+    used: int
+
+    @classmethod
+    def now(cls) -> Memory:
+        """As it is, after a collection."""
+        gc.collect()
+        resident = _resident()
+        if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+            library.malloc_trim(0)
+        return cls(resident, _resident())
 
 
-def live(name: str, count: int) -> tuple[int, int]:
-    """Bytes in memory after a tenth of a life, and at its end."""
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
+
+
+def live(name: str, count: int) -> tuple[Memory, Memory]:
+    """What is in memory after a tenth of a life, and at its end."""
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(_enabled=False)  # keeps the kernels of a thousand shapes, of any model
     act = LIVES[name][0]()
-    early = 0
+    early = Memory(0, 0)
     for number in range(count):
         act(number)
         if number == count // 10:
-            early = resident()
-    return early, resident()
+            early = Memory.now()
+    return early, Memory.now()
 
 
 def main(
@@ -107,8 +126,8 @@ def main(
     A quick look: python -m benchmarks.endurance --share 0.05
     """
     console = terminal.console()
-    table = Table(title="resident memory", title_justify="left")
-    for heading in ("life", "times", "after a tenth", "at the end", "growth"):
+    table = Table(title="memory", title_justify="left")
+    for heading in ("life", "times", "used after a tenth", "at the end", "growth", "growth of all"):
         table.add_column(heading, justify="left" if heading == "life" else "right")
     rows, grown = [], False
     for name in only or LIVES:
@@ -116,9 +135,13 @@ def main(
         console.print(f"{name}: {count} times …")
         with get_context("spawn").Pool(1) as pool:
             early, late = pool.apply(live, (name, count))
-        grown |= late - early > FLAT
-        rows.append({"life": name, "times": count, "early": early, "late": late, "growth": late - early})
-        table.add_row(name, str(count), in_words(early), in_words(late), in_words(max(0, late - early)))
+        growth, of_all = late.used - early.used, late.resident - early.resident
+        grown |= growth > FLAT
+        rows.append(
+            {"life": name, "times": count, "early": asdict(early), "late": asdict(late), "growth": growth}
+        )
+        sizes = early.used, late.used, max(0, growth), max(0, of_all)
+        table.add_row(name, str(count), *map(in_words, sizes))
     console.print(table)
     if share == 1 and not only:
         document = {**result_files.origin("benchmarks.endurance"), "method": __doc__, "rows": rows}
