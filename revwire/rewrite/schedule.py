@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from revwire.errors import RewireError
 from revwire.rewrite import mark
-from revwire.rewrite.wired import PROGRAM, options_of
+from revwire.rewrite.wired import PROGRAM, options_of, plan_of
 from revwire.run.coupling import Dr2Net
 
 if TYPE_CHECKING:
@@ -96,4 +96,6 @@ def set_coupling(model: nn.Module, coupling: Coupling) -> None:
     for module in model.modules():
         if (program := module.__dict__.get(PROGRAM)) is not None:
             program.options = replace(program.options, coupling=coupling)
-    mark.put(model)
+    for module in model.modules():
+        if plan_of(module) is not None:  # it may be held by another
+            mark.put(module)

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
 import revwire
 from revwire import checkpoint
@@ -203,9 +203,22 @@ def test_copies_are_marked_and_heed(copied):
     model.load_state_dict(revwire.rewire(small_vit()).state_dict())
 
 
-def test_a_schedule_moves_the_mark(tmp_path):
+class Composed(PreTrainedModel):
+    """A model of transformers that holds another one."""
+
+    config_class = ViTConfig
+
+    def __init__(self, inner):
+        super().__init__(ViTConfig(attn_implementation="eager"))
+        self.inner = inner
+
+
+@pytest.mark.parametrize(
+    "around", [lambda model: model, Wrapped, Composed], ids=["alone", "held", "composed"]
+)
+def test_a_schedule_moves_the_mark(tmp_path, around):
     model = revwire.rewire(of_transformers(), coupling="dr2net(alpha=0.6,beta=0.5)")
-    schedule = revwire.Dr2NetSchedule(model, 2, start=(0.6, 0.5), end=(0.5, 0.6))
+    schedule = revwire.Dr2NetSchedule(around(model), 2, start=(0.6, 0.5), end=(0.5, 0.6))
     schedule.step()
     schedule.step()
     model.save_pretrained(tmp_path)
