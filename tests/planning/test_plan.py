@@ -243,13 +243,15 @@ def test_a_plan_warns_where_float32_would_not_carry_the_gradients():
         revwire.rewire(Trunk(3), x, coupling=revwire.Momentum(0))
 
 
-def test_a_plan_for_another_grid_is_refused():
+def test_a_plan_brings_its_grid_and_coupling_and_refuses_others():
     x = noise()
-    plan = revwire.plan(Trunk(2), x, exact=True)
-    with pytest.raises(RewireError, match="pass exact=True"):
-        revwire.rewire(Trunk(2), x, plan=plan)
-    with pytest.raises(RewireError, match="pass exact=True"):
-        revwire.rewire(Trunk(2), x, plan=plan, exact=1)
+    plan = revwire.plan(Trunk(2), x, coupling="bdia", exact=True)
+    assert revwire.plan_of(revwire.rewire(Trunk(2), x, plan=plan)) == plan
+    for other in (False, 1):
+        with pytest.raises(RewireError, match="pass exact=True"):
+            revwire.rewire(Trunk(2), x, plan=plan, exact=other)
+    with pytest.raises(RewireError, match="pass coupling='bdia"):
+        revwire.rewire(Trunk(2), x, plan=plan, coupling="re2tal")
     assert revwire.Plan.from_json(plan.to_json()) == plan
 
 
