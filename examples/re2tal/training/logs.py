@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from examples.re2tal.console import terminal
 from revwire.checkpoint.disk import write_text
+from revwire.checkpoint.signals import held_signals
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,7 +59,8 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        with held_signals():
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def step(self, step: int, **values: float) -> None:
         """Tell of an optimizer step."""
@@ -66,13 +68,15 @@ class Log:
             return
         # JSON has no infinity, which is the gradient norm of a step that fp16 skips
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **told}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
         shown = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
-        self._bar.update(self._task, completed=step, told=shown)
+        # cut in two, a put into TensorBoard's queue leaves its close() waiting for ever
+        with held_signals():
+            self._file.write(json.dumps({"step": step, **told}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            self._bar.update(self._task, completed=step, told=shown)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -87,11 +91,12 @@ class Log:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files."""
-        self._bar.stop()
-        if self._enabled:
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+        with held_signals():
+            self._bar.stop()
+            if self._enabled:
+                self._file.close()
+                if self._board is not None:
+                    self._board.close()
 
 
 _SHOWN = {
