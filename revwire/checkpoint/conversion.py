@@ -19,6 +19,7 @@ from revwire.checkpoint.reader import read
 from revwire.checkpoint.writer import check_out, write
 from revwire.errors import RewireError
 from revwire.libraries.inputs import call_arguments
+from revwire.measure.rewired import settled
 from revwire.measure.step import StepMemory, measure_step
 from revwire.measure.verify import verify as run_checks
 from revwire.printing import Printed
@@ -193,9 +194,8 @@ def convert(
         )
     say("planning")
     own = rewiring_of(source.metadata, path) if is_rewired(source.metadata) else None
-    coupling = coupling or (own.coupling if own else "re2tal")
-    exact = exact if exact is not None else own.exact if own else False
-    plan = api.plan(model, coupling=coupling, exact=exact)
+    way = settled({"coupling": coupling, "exact": exact}, own)
+    plan = api.plan(model, **way)
     if own is not None:
         warn_unlike(own, plan, f"the weights of {path}", stacklevel=2)
     if not plan.chains:
@@ -206,9 +206,7 @@ def convert(
     check_filled(fit, plan, str(path))
     report = None
     if verify:
-        report = run_checks(
-            model, coupling=coupling, exact=exact, progress=lambda check: say(f"verifying: {check}")
-        )
+        report = run_checks(model, **way, progress=lambda check: say(f"verifying: {check}"))
     done = Conversion(path, source.entry, architecture, fit, plan, report, source.size)
     if report and not report.ok:
         return done

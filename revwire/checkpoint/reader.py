@@ -157,7 +157,8 @@ def _read_torch_shards(index: Path) -> Source:
     parts: dict[Path, Mapping[str, Tensor]] = {}
 
     def names_in(path: Path) -> list[str]:
-        parts[path] = _tensors(path, _loaded(path, mmap=_head(path).startswith(_ZIP)))[1]
+        _, held = state_dict_in(_loaded(path, mmap=_head(path).startswith(_ZIP)), _ENTRIES)
+        parts[path] = _tensors(path, held)
         return list(parts[path])
 
     merged = {name: parts[path][inside] for name, (path, inside) in shards(index, names_in).items()}
@@ -192,9 +193,10 @@ def _contents(path: Path) -> tuple[list[str], dict[str, str]]:
 
 def _read_torch(path: Path, *, mmap: bool) -> Source:
     loaded = _loaded(path, mmap=mmap)
-    entry, state = _tensors(path, loaded)
+    entry, held = state_dict_in(loaded, _ENTRIES)
+    state = _tensors(path, held)
     tensors, named = ({new: state[old] for old, new in names.items()} for names in _both(path, state))
-    metadata = {**_training_metadata(loaded), **left_beside(state_dict_in(loaded, _ENTRIES)[1])}
+    metadata = {**_training_metadata(loaded), **left_beside(held)}
     return Source(path, tensors, named, metadata, entry)
 
 
@@ -211,9 +213,8 @@ def _loaded(path: Path, *, mmap: bool) -> Any:
         raise _refusal(path, error) from error
 
 
-def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
-    """The tensors of a torch file, and the entry that has them."""
-    entry, state = state_dict_in(loaded, _ENTRIES)
+def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a torch file's state dict."""
     tensors = {}
     for name, value in state.items():
         if not isinstance(name, str) or not is_dense(value):
@@ -227,7 +228,7 @@ def _tensors(path: Path, loaded: Any) -> tuple[str, dict[str, Tensor]]:
             f"{path} is no state dict; save the weights, torch.save(model.state_dict(), file)"
         )
     check_stored(path, tensors)
-    return entry, tensors
+    return tensors
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
